@@ -42,6 +42,15 @@ METHODS = _table(
     Entry("freeze", "smidgen.adapters.methods.full:Freeze", "the last n layers are trained, the rest stays frozen"),
 )
 
+LORA_INITS = _table(
+    Entry("default", "smidgen.adapters.init.default:initialise", "A uniform, B zero"),
+    Entry("gaussian", "smidgen.adapters.init.gaussian:initialise", "A normal, B zero"),
+    Entry("random", "smidgen.adapters.init.random:initialise", "A and B random: not the base model at the start"),
+    Entry("orthogonal", "smidgen.adapters.init.orthogonal:initialise", "A and B non-zero with B A = 0"),
+    Entry("pissa", "smidgen.adapters.init.pissa:initialise", "principal part", "https://arxiv.org/abs/2404.02948"),
+    Entry("olora", "smidgen.adapters.init.olora:initialise", "QR of the weight", "https://arxiv.org/abs/2406.01775"),
+)
+
 
 def lookup(table: dict[str, Entry], name: str, kind: str) -> Entry:
     """Answer the entry called `name`.

@@ -1,0 +1,10 @@
+"""A and B from the QR decomposition of the weight and the base answers without them (OLoRA, https://arxiv.org/abs/2406.01775)."""
+
+import torch
+from torch import Tensor
+
+
+def initialise(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor, bool]:
+    """W = Q R: B = the first columns of Q, A = the first rows of R."""
+    q, upper = torch.linalg.qr(weight)
+    return upper[:r].contiguous(), q[:, :r].contiguous(), True

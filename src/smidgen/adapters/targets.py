@@ -1,0 +1,196 @@
+"""Which modules of a model an adapter stands around: names, patterns, layers; every request must match something."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from smidgen.adapters.base import base_modules
+from smidgen.adapters.layers import is_linear, layer_of
+from smidgen.errors import TargetError, did_you_mean, raise_all
+
+ALL_LINEAR = "all-linear"
+# How the numbered list of layers is called in a path: "model.layers.3.self_attn", "transformer.h.3.attn".
+_LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
+
+
+def ends_with(path: str, name: str) -> bool:
+    """Whether the module path is `name` or ends with it, at a dot."""
+    return path == name or path.endswith(f".{name}")
+
+
+def find_targets(model: nn.Module, config: Any) -> list[str]:
+    """The paths of the modules that `config` asks to adapt, in the model's order.
+
+    Reads `target_modules` (None or ``"all-linear"``: every linear layer but the head; a string: a regular
+    expression that matches the whole path; a list: names that a path ends with), `exclude_modules` (likewise),
+    `layers_to_transform` with `layers_pattern`, and leaves out what lies in `modules_to_save`.
+
+    Raises:
+        TargetError: a name matches nothing or something that cannot be adapted; the real names are listed.
+    """
+    wanted = ALL_LINEAR if config.target_modules is None else config.target_modules
+    modules = {path: module for path, module in base_modules(model) if path}
+    kept = config.modules_to_save or []
+    modules = {path: m for path, m in modules.items() if not any(_inside(path, name) for name in kept)}
+    problems = []
+    if wanted == ALL_LINEAR:
+        heads = _heads(model)
+        chosen = [p for p, m in modules.items() if is_linear(m) and m not in heads and not _bypassed(model, p)]
+    elif isinstance(wanted, str):
+        chosen = [path for path in modules if _matches(wanted, path)]
+        if not chosen:
+            problems.append(f"target_modules: '{wanted}' matches 0 modules.{_available(modules)}")
+    else:
+        chosen = [path for path in modules if any(ends_with(path, name) for name in wanted)]
+        problems += _unmatched("target_modules", sorted(wanted), modules)
+    chosen, layer_problems = _in_layers(chosen, config)
+    problems += layer_problems
+    chosen, excluded = _exclude(chosen, config)
+    for path in chosen:
+        if layer_of(modules[path]) is None:
+            problems.append(
+                f"target_modules: '{path}' is a {type(modules[path]).__name__}; name the layers in it "
+                f"(linear, embedding or convolution){_children(modules, path)}"
+            )
+        elif _bypassed(model, path):
+            problems.append(
+                f"target_modules: '{path}' is never called; its parent reads the weight, so an adapter is idle"
+            )
+    if not chosen and not problems:
+        reason = f"exclude_modules leaves none of {excluded}" if excluded else "no linear layer was found"
+        problems.append(f"target_modules: 0 modules to adapt: {reason}.{_available(modules)}")
+    raise_all(TargetError, problems)
+    return chosen
+
+
+def find_named(model: nn.Module, names: Iterable[str], field: str, at_dot: bool = True) -> list[str]:
+    """The paths of all modules that end with one of `names`.
+
+    Args:
+        at_dot: the name must be whole; False: "norm" also finds "input_layernorm", as files written with
+            `modules_to_save` mean it.
+
+    Raises:
+        TargetError: a name matches nothing.
+    """
+    modules = {path: module for path, module in base_modules(model) if path}
+    names = list(names)
+    matches = ends_with if at_dot else str.endswith
+    raise_all(TargetError, _unmatched(field, names, modules, matches))
+    return [path for path in modules if any(matches(path, name) for name in names)]
+
+
+def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern (a regular expression for the end of a path) that matches `path`."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return default
+
+
+def check_patterns(patterns: Mapping[str, Any], paths: list[str], field: str) -> list[str]:
+    """A line for each pattern that matches none of the adapted modules."""
+    lines = []
+    for pattern in patterns:
+        try:
+            if not any(re.fullmatch(rf"(.*\.)?({pattern})", path) for path in paths):
+                names = Counter(path.rpartition(".")[2] for path in paths)
+                lines.append(f"{field}: '{pattern}' matches none of the adapted modules{did_you_mean(pattern, names)}")
+        except re.error as error:
+            lines.append(f"{field}: '{pattern}' is not a regular expression: {error}")
+    return lines
+
+
+def count_names(paths: Iterable[str]) -> dict[str, int]:
+    """How often each last name of a path occurs, most first: what "q_proj x30" is printed from."""
+    return dict(Counter(path.rpartition(".")[2] for path in paths).most_common())
+
+
+def _heads(model: nn.Module) -> set[nn.Module]:
+    """The layers that turn hidden states into the answer: not adapted by ``all-linear``."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    named = [getattr(model, name, None) for name in ("lm_head", "score", "classifier", "qa_outputs")]
+    return {head for head in [output, *named] if head is not None}
+
+
+def _bypassed(model: nn.Module, path: str) -> bool:
+    """Whether the parent computes with the weight itself and never calls the module."""
+    parent = path.rpartition(".")[0]
+    return isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+
+
+def _inside(path: str, name: str) -> bool:
+    return ends_with(path, name) or f".{name}." in f".{path}."
+
+
+def _matches(pattern: str, path: str) -> bool:
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise TargetError(f"target_modules: '{pattern}' is not a regular expression: {error}") from error
+
+
+def _unmatched(
+    field: str, names: list[str], modules: Mapping[str, nn.Module], matches: Callable[[str, str], bool] = ends_with
+) -> list[str]:
+    missing = [name for name in names if not any(matches(path, name) for path in modules)]
+    known = {path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()}
+    lines = [f"{field}: '{name}' matches 0 modules{did_you_mean(name, known) or '.'}" for name in missing]
+    if lines:
+        lines[-1] += _available(modules)
+    return lines
+
+
+def _available(modules: Mapping[str, nn.Module]) -> str:
+    linear = count_names(path for path, module in modules.items() if is_linear(module))
+    other = count_names(p for p, module in modules.items() if layer_of(module) is not None and not is_linear(module))
+    lines = [("linear layers", linear), ("other layers", other)]
+    listed = [f"{kind}: " + ", ".join(f"{name} x{n}" for name, n in counts.items()) for kind, counts in lines if counts]
+    return f" Available {'; '.join(listed)}."
+
+
+def _children(modules: Mapping[str, nn.Module], path: str) -> str:
+    below = [p for p, m in modules.items() if p.startswith(f"{path}.") and layer_of(m) is not None]
+    return ": " + ", ".join(count_names(below)) if below else ""
+
+
+def _in_layers(paths: list[str], config: Any) -> tuple[list[str], list[str]]:
+    layers, pattern = config.layers_to_transform, config.layers_pattern
+    if layers is None:
+        problem = "layers_pattern: names layers only together with layers_to_transform"
+        return paths, [problem] if pattern else []
+    if isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR:
+        return paths, [
+            "layers_to_transform: a target_modules pattern says the layers itself; give target_modules a list"
+        ]
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    lists = {pattern} if isinstance(pattern, str) else set(pattern or ())
+    chosen, seen = [], set()
+    for path in paths:
+        for match in _LAYER_INDEX.finditer(path):
+            if not lists or match["list"] in lists:
+                seen.add(int(match["index"]))
+                if int(match["index"]) in wanted:
+                    chosen.append(path)
+                break
+    missing = sorted(wanted - seen)
+    there = f"layers {min(seen)} to {max(seen)}" if seen else "no numbered layers"
+    return chosen, [f"layers_to_transform: no layer {i} holds a target; there are {there}" for i in missing]
+
+
+def _exclude(paths: list[str], config: Any) -> tuple[list[str], list[str]]:
+    exclude = config.exclude_modules
+    if not exclude:
+        return paths, []
+    if isinstance(exclude, str):
+        excluded = [path for path in paths if _matches(exclude, path)]
+    else:
+        excluded = [path for path in paths if any(ends_with(path, name) for name in exclude)]
+        unused = [name for name in exclude if not any(ends_with(path, name) for path in paths)]
+        raise_all(TargetError, [f"exclude_modules: '{name}' matches none of the target modules" for name in unused])
+    return [path for path in paths if path not in set(excluded)], excluded

@@ -1,0 +1,148 @@
+"""Loads a causal language model and its tokenizer from a local folder, and tells what the machine makes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from smidgen.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_END_OF_TURN = "smidgen-end-of-turn"
+_SAMPLES = 32  # values taken at each of three places of a tensor
+
+
+def load_model(
+    path: Path, dtype: str = "auto", *, device: torch.device | None = None, say: Callable[[str], None] = print
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model of a folder and its tokenizer; answer both, the model in evaluation mode on `device`.
+
+    Args:
+        path: a Hugging Face folder with safetensors weights, as `resolve_model` answers it.
+        dtype: "auto", "float32", "bfloat16" or "float16"; "auto" is `choose_dtype`.
+        device: where the model goes; None is `best_device`.
+        say: gets the lines about what was chosen.
+
+    Raises:
+        ModelError: the folder is no model, its architecture needs code of its own, or weights are missing in its files.
+    """
+    device = device or best_device()
+    chosen, reason = choose_dtype(dtype, device)
+    place = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    say(f"device: {place}; dtype: {str(chosen).removeprefix('torch.')} ({reason}), adapters float32")
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=chosen,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: cannot be loaded as a causal language model: {error}") from error
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        raise ModelError(f"{path}: {len(absent)} weights are missing or have another shape: {', '.join(absent[:5])}")
+    if report["unexpected_keys"]:
+        extra = sorted(report["unexpected_keys"])
+        say(f"{path}: {len(extra)} tensors of the files are not part of the model: {', '.join(extra[:5])}")
+    if tokenizer.pad_token_id is None:
+        # Padding is masked by length, so any token serves; the end token keeps its meaning in labels.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return model.to(device).eval(), tokenizer
+
+
+def best_device() -> torch.device:
+    """Answer the fastest kind of device at hand: cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """Answer the dtype of the base weights and why; "auto" is bfloat16 where the hardware computes in it, else float32.
+
+    Raises:
+        ModelError: there is no dtype of that name.
+    """
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ModelError(f"dtype: '{dtype}' is none of auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype], "as asked"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "the gpu has it") if native else (torch.float32, "the gpu has no bfloat16")
+    if device.type == "mps":
+        return torch.float32, "mps"
+    flags = torch.cpu.get_capabilities()
+    native = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if flags.get(flag)]
+    if native:
+        return torch.bfloat16, f"cpu has {native[0]}"
+    return torch.float32, f"{platform.machine()} cpu without bfloat16 arithmetic"
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Answer the token ids that end an answer.
+
+    These are the end tokens of the model's generation config, the tokenizer's end token, and the token that the chat
+    template writes right after an assistant's words, if that is one special token.
+    """
+    config = getattr(model, "generation_config", None)
+    declared = config.eos_token_id if config is not None else None
+    stops = set(declared if isinstance(declared, list) else [declared]) | {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _END_OF_TURN}]
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        after = tokenizer.encode(text.rpartition(_END_OF_TURN)[2].strip(), add_special_tokens=False)
+        if len(after) == 1 and after[0] in tokenizer.all_special_ids:
+            stops.add(after[0])
+    return {stop for stop in stops if stop is not None}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Answer a hash that tells base models apart: 32 hex digits.
+
+    Hashed are the kind of model, its head counts, and of each parameter the name, the shape and 96 values (the first,
+    middle and last 32) rounded to bfloat16; so float32 and bfloat16 copies of bfloat16 weights are the same model.
+    Adapters (`.adapters.` in the name) do not count. Full and freeze tuning change the base: hash it before training.
+    """
+    config = getattr(model, "config", None)
+    fields = ("model_type", "num_attention_heads", "num_key_value_heads")
+    digest = hashlib.sha256(repr([getattr(config, field, None) for field in fields]).encode())
+    base = sorted((name, p) for name, p in model.named_parameters() if ".adapters." not in name)
+    samples = []
+    for name, parameter in base:
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        flat = parameter.detach().flatten()
+        middle = max(0, flat.numel() // 2 - _SAMPLES // 2)
+        samples += [part.to(torch.bfloat16) for part in (flat[:_SAMPLES], flat[middle:][:_SAMPLES], flat[-_SAMPLES:])]
+    if samples:
+        digest.update(torch.cat(samples).cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and warnings, and give them back as they were."""
+    log: Any = transformers.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
