@@ -201,8 +201,8 @@ class Adapted(MadeInPlace):
         """Each row of the batch by its own adapter: the rows of one adapter are computed together."""
         if not any(_has_rows(value, len(rows)) for value in [*args, *kwargs.values()]):
             raise UsageError(
-                f"a {type(self).__name__} is not called with the {len(rows)} rows of the batch, so its rows cannot each "
-                "have their own adapter: call the model once for each adapter"
+                f"a {type(self).__name__} is not called with the {len(rows)} rows of the batch, so they cannot each "
+                "have their own adapter there: call the model once for each adapter"
             )
         groups = {name: [i for i, row in enumerate(rows) if row == name] for name in dict.fromkeys(rows)}
         answers = {}

@@ -20,7 +20,7 @@ CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"
 
 
-class TaskType(str, enum.Enum):
+class TaskType(enum.StrEnum):
     """What a model is trained to do; Hugging Face's names."""
 
     SEQ_CLS = "SEQ_CLS"

@@ -25,7 +25,7 @@ from smidgen.errors import AdapterFileError, did_you_mean
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
-_PREFIX = "base_model.model."
+KEY_PREFIX = "base_model.model."
 # What an embedding and a head are called in the models whose adapter files carry their base weights.
 _EMBEDDING_NAMES = {"embed_tokens", "lm_head"}
 
@@ -77,7 +77,7 @@ def base_embeddings(model: nn.Module, name: str, config: PeftConfig) -> dict[str
         return {}
     layers = {model.get_input_embeddings(), model.get_output_embeddings()}  # type: ignore[operator]
     return {
-        f"{_PREFIX}{path}.base_layer.weight": layer.weight.detach()
+        f"{KEY_PREFIX}{path}.base_layer.weight": layer.weight.detach()
         for path, _ in adapters_of(model, name)
         if (layer := model.get_submodule(path)) in layers
     }
@@ -167,7 +167,7 @@ def _base_weights(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> li
     """A line for each base weight in the file that is not the base model's."""
     problems = []
     for key in (key for key in tensors if key.endswith(".base_layer.weight")):
-        path = key.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
+        path = key.removeprefix(KEY_PREFIX).removesuffix(".base_layer.weight")
         try:
             weight = model.get_submodule(path).weight
         except AttributeError:
@@ -188,10 +188,10 @@ def _likely_cause(missing: list[str], extra: list[str]) -> str:
         return "the adapter was made for a larger model, or with options that adapter_config.json does not name"
     if missing and not extra:
         return "the file is incomplete, or from a smaller model"
-    names = {key.removeprefix(_PREFIX) for key in missing}
-    if all(key.startswith(_PREFIX * 2) or not key.startswith(_PREFIX) for key in extra):
-        return f"the keys carry another prefix than '{_PREFIX}'"
-    if any(key.removeprefix(_PREFIX).replace(".default.", ".") in names for key in extra):
+    names = {key.removeprefix(KEY_PREFIX) for key in missing}
+    if all(key.startswith(KEY_PREFIX * 2) or not key.startswith(KEY_PREFIX) for key in extra):
+        return f"the keys carry another prefix than '{KEY_PREFIX}'"
+    if any(key.removeprefix(KEY_PREFIX).replace(".default.", ".") in names for key in extra):
         return "the keys still hold the adapter's name"
     old, new = Counter(_module_name(key) for key in extra), Counter(_module_name(key) for key in missing)
     renamed = [f"'{name}' is called '{other}' here" for name, other in zip(old - new, new - old, strict=False)]

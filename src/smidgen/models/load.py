@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,14 +10,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from smidgen.errors import ModelError
+from smidgen.models.peft_model import PeftModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _END_OF_TURN = "smidgen-end-of-turn"
-_SAMPLES = 32  # values taken at each of three places of a tensor
 
 
 def load_model(
@@ -41,7 +39,7 @@ def load_model(
     say(f"device: {place}; dtype: {str(chosen).removeprefix('torch.')} ({reason}), adapters float32")
     try:
         with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=chosen,
                 use_safetensors=True,
@@ -49,19 +47,40 @@ def load_model(
                 local_files_only=True,
                 output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            tokenizer = _tokenizer(path)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: cannot be loaded as a causal language model: {error}") from error
+    model, report = loaded
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
         raise ModelError(f"{path}: {len(absent)} weights are missing or have another shape: {', '.join(absent[:5])}")
     if report["unexpected_keys"]:
         extra = sorted(report["unexpected_keys"])
         say(f"{path}: {len(extra)} tensors of the files are not part of the model: {', '.join(extra[:5])}")
-    if tokenizer.pad_token_id is None:
-        # Padding is masked by length, so any token serves; the end token keeps its meaning in labels.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return model.to(device).eval(), tokenizer
+
+
+def load_adapted(
+    folder: Path,
+    base: Path,
+    dtype: str = "auto",
+    *,
+    device: torch.device | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load the model in `base`, attach the adapter in `folder`, and answer it with the tokenizer of that folder.
+
+    That tokenizer has the chat template of the training; where the folder holds none, the base's tokenizer serves.
+
+    Raises:
+        ModelError: as `load_model`.
+        AdapterFileError: the adapter's files do not fit the model.
+    """
+    model, tokenizer = load_model(base, dtype, device=device, say=say)
+    if (folder / "tokenizer_config.json").is_file():
+        with _quiet():
+            tokenizer = _tokenizer(folder)
+    return PeftModel.from_pretrained(model, folder), tokenizer
 
 
 def best_device() -> torch.device:
@@ -93,44 +112,31 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"{platform.machine()} cpu without bfloat16 arithmetic"
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Answer the token ids that end an answer.
 
     These are the end tokens of the model's generation config, the tokenizer's end token, and the token that the chat
     template writes right after an assistant's words, if that is one special token.
     """
-    config = getattr(model, "generation_config", None)
-    declared = config.eos_token_id if config is not None else None
-    stops = set(declared if isinstance(declared, list) else [declared]) | {tokenizer.eos_token_id}
+    declared: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    end: Any = tokenizer.eos_token_id
+    stops = {end, *(declared if isinstance(declared, list) else [declared])}
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _END_OF_TURN}]
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
         after = tokenizer.encode(text.rpartition(_END_OF_TURN)[2].strip(), add_special_tokens=False)
-        if len(after) == 1 and after[0] in tokenizer.all_special_ids:
+        added = tokenizer.added_tokens_decoder
+        if len(after) == 1 and after[0] in added and added[after[0]].special:
             stops.add(after[0])
     return {stop for stop in stops if stop is not None}
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Answer a hash that tells base models apart: 32 hex digits.
-
-    Hashed are the kind of model, its head counts, and of each parameter the name, the shape and 96 values (the first,
-    middle and last 32) rounded to bfloat16; so float32 and bfloat16 copies of bfloat16 weights are the same model.
-    Adapters (`.adapters.` in the name) do not count. Full and freeze tuning change the base: hash it before training.
-    """
-    config = getattr(model, "config", None)
-    fields = ("model_type", "num_attention_heads", "num_key_value_heads")
-    digest = hashlib.sha256(repr([getattr(config, field, None) for field in fields]).encode())
-    base = sorted((name, p) for name, p in model.named_parameters() if ".adapters." not in name)
-    samples = []
-    for name, parameter in base:
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        flat = parameter.detach().flatten()
-        middle = max(0, flat.numel() // 2 - _SAMPLES // 2)
-        samples += [part.to(torch.bfloat16) for part in (flat[:_SAMPLES], flat[middle:][:_SAMPLES], flat[-_SAMPLES:])]
-    if samples:
-        digest.update(torch.cat(samples).cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        # Padding is masked by length, so any token serves; the end token keeps its meaning in labels.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 @contextmanager

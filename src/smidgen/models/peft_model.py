@@ -6,8 +6,10 @@ the methods of `AdaptedModel` on top. Where transformers has a method of the sam
 
 from __future__ import annotations
 
+import re
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from smidgen.adapters import attach
 from smidgen.adapters.attach import BASE, MadeInPlace, State, class_with, class_without
@@ -22,6 +27,8 @@ from smidgen.adapters.base import Adapter
 from smidgen.adapters.config import PeftConfig
 from smidgen.adapters.files import (
     HUB_OPTIONS,
+    KEY_PREFIX,
+    WEIGHTS_NAME,
     adapter_folder,
     adapter_state_dict,
     base_embeddings,
@@ -30,7 +37,7 @@ from smidgen.adapters.files import (
     save_adapter,
 )
 from smidgen.errors import AdapterFileError, UsageError, did_you_mean
-from smidgen.models.load import fingerprint
+from smidgen.models.fingerprint import fingerprint
 from smidgen.registry import METHODS
 
 
@@ -251,6 +258,20 @@ class AdaptedModel(MadeInPlace):
                 save_adapter(folder, tensors, config, {} if merged else {"base_fingerprint": fingerprint(self)})  # type: ignore
             finally:
                 config.inference_mode = trained
+            if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
+                # transformers' Trainer resumes from, and ends with, what it finds under this name.
+                shutil.copyfile(folder / WEIGHTS_NAME, folder / SAFE_WEIGHTS_NAME)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; a state dict under the keys of an adapter file goes into the first active adapter.
+
+        Raises:
+            AdapterFileError: the keys or shapes of such a file do not fit.
+        """
+        if state_dict and all(key.startswith(KEY_PREFIX) for key in state_dict):
+            load_tensors(self, self.active_adapter, dict(state_dict), "state_dict")  # type: ignore[arg-type]
+            return _IncompatibleKeys([], [])
+        return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
 
     def load_adapter(
         self,

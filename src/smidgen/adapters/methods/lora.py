@@ -192,6 +192,8 @@ class Lora(WeightAdapter):
             raise TargetError(f"r: {self.r} is no multiple of the convolution's {self.groups} groups")
         if self.groups > 1 and options.use_dora:
             raise TargetError(f"use_dora: a convolution with {self.groups} groups has no single weight to decompose")
+        if base.weight.is_meta and (options.use_dora or options.init_name() in ("pissa", "olora")):
+            raise TargetError("use_dora, pissa and olora read the weight, which is offloaded: load it into memory")
         if options.lora_bias and isinstance(self.layer, EmbeddingLayer):
             raise TargetError("lora_bias: an embedding has no bias")
 
@@ -199,6 +201,9 @@ class Lora(WeightAdapter):
         """A and B at the start as matrices, and whether the base is to answer without their product."""
         linear = isinstance(self.layer, LinearLayer)
         weight = self.layer.matrix(base.weight.detach()).float()
+        if weight.is_meta:  # offloaded: the start needs no more than its shape and where it will be computed
+            device = getattr(getattr(base, "_hf_hook", None), "execution_device", "cpu")
+            weight = torch.zeros(weight.shape, device=device)
         if self.groups > 1:  # A mixes all input channels, which the grouped weight does not hold
             weight = weight.repeat(1, self.groups)
         name = name if linear or name in ("random", "gaussian") else "default"
