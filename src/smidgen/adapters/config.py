@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from smidgen.errors import AdapterFileError, did_you_mean, raise_all
+from smidgen.errors import AdapterFileError, UsageError, did_you_mean, raise_all
 from smidgen.registry import METHODS
 
 CONFIG_NAME = "adapter_config.json"
@@ -135,5 +135,5 @@ class PeftConfig:
         values = {name: fields[name] for name in known & fields.keys()}
         try:
             return config_class(**values)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, UsageError) as error:
             raise AdapterFileError(f"{place}: {error}") from error

@@ -354,6 +354,8 @@ class PeftModel(metaclass=_PeftModelType):
             if fresh:
                 adapted.unload()
             raise
+        if fresh:
+            _freeze_base(model)
         adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
         return adapted if is_trainable else adapted.eval()
 
@@ -379,9 +381,7 @@ def get_peft_model(
             adapted.unload()
         raise
     if fresh:
-        for name, parameter in model.named_parameters():
-            if ".adapters." not in f".{name}":
-                parameter.requires_grad_(False)
+        _freeze_base(model)
     adapted.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return adapted
 
@@ -392,6 +392,12 @@ def _adaptable(model: nn.Module) -> nn.Module:
         # transformers' Trainer asks for this mark where the base is quantised.
         model.__dict__.update(_adapters=State(), _hf_peft_config_loaded=True)
     return model
+
+
+def _freeze_base(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if ".adapters." not in f".{name}":
+            parameter.requires_grad_(False)
 
 
 def _method_of(config: PeftConfig) -> Any:

@@ -24,6 +24,8 @@ from smidgen.adapters.trained import plan_trained, with_mirrors
 from smidgen.errors import MergeError, TargetError, UsageError, raise_all
 from smidgen.registry import LORA_INITS, lookup
 
+_LARGEST_RANK = 65_536  # wider than any layer: a larger one in a file is a mistake or an attack on the memory
+
 
 @dataclass(kw_only=True)
 class LoraConfig(PeftConfig):
@@ -96,9 +98,9 @@ class LoraConfig(PeftConfig):
         self.alpha_pattern = self.alpha_pattern or {}
         ranks = {"r": self.r} | {f"rank_pattern['{name}']": rank for name, rank in self.rank_pattern.items()}
         problems = [
-            f"{name}: must be a whole number from 1, got {rank!r}"
+            f"{name}: must be a whole number from 1 to {_LARGEST_RANK}, got {rank!r}"
             for name, rank in ranks.items()
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1
+            if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _LARGEST_RANK
         ]
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout: must be from 0 to below 1, got {self.lora_dropout}")
