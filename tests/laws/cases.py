@@ -65,6 +65,7 @@ LORA_CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "gaussian": (tiny_llama, {"target_modules": QV, "init_lora_weights": "gaussian"}),
     "random": (tiny_llama, {"target_modules": QV, "init_lora_weights": False}),
     "pissa": (tiny_llama, {"target_modules": QV, "init_lora_weights": "pissa"}),
+    "pissa niter": (tiny_llama, {"target_modules": QV, "init_lora_weights": "pissa_niter_8"}),
     "pissa dora": (tiny_llama, {"target_modules": QV, "init_lora_weights": "pissa", "use_dora": True}),
     "olora": (tiny_llama, {"target_modules": QV, "init_lora_weights": "olora"}),
     "orthogonal": (tiny_llama, {"target_modules": QV, "init_lora_weights": "orthogonal"}),
@@ -81,4 +82,3 @@ CASES = {"lora": LORA_CASES}
 
 # (method, case): the reason why a law does not hold there.
 NOT_IDENTITY_AT_START = {("lora", "random"): "init_lora_weights=False asks for a random start"}
-NOT_BIT_EQUAL_AT_START = "starts whose update is not zero cancel only up to rounding"

@@ -61,7 +61,7 @@ def class_without(cls: type, mixin: type) -> type:
 class Below:
     """What lies below one adapter during a call (see `smidgen.adapters.base.Inner`)."""
 
-    def __init__(self, module: Adapted, names: list[str]):
+    def __init__(self, module: Any, names: list[str]):
         self.module = module
         self.names = names
 
@@ -106,7 +106,7 @@ class Below:
             _swap(self.module, there)
 
 
-def fold(module: Adapted, names: list[str]) -> dict[str, Tensor]:
+def fold(module: Any, names: list[str]) -> dict[str, Tensor]:
     """The module's tensors by name with the adapters `names` merged into them, lowest first."""
     tensors: dict[str, Tensor] = {
         name: tensor
@@ -224,7 +224,7 @@ def _wrapped_functions(value: Any) -> Iterator[Any]:
         value = getattr(value, "__wrapped__", None)
 
 
-def _prove_reached(module: Adapted, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _prove_reached(module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a forward of unknown make; it must come to the adapters, or they would silently do nothing."""
     module.__dict__["_reached"] = False
     answer = forward(*args, **kwargs)
@@ -257,18 +257,18 @@ def _join_rows(answers: list[Any], order: list[int]) -> Any:
 # --- attaching and detaching ------------------------------------------------------------------------------------
 
 
-def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+def adapted_modules(model: Any) -> Iterator[tuple[str, Any]]:
     """Every module of `model` that has adapters, by path."""
     for path, module in base_modules(model):
         if isinstance(module, Adapted):
-            yield path, module  # type: ignore[misc]
+            yield path, module
 
 
-def adapters_of(model: nn.Module, name: str) -> Iterator[tuple[str, Adapter]]:
+def adapters_of(model: Any, name: str) -> Iterator[tuple[str, Adapter]]:
     """Every place of the adapter `name`, by the path of its module."""
     for path, module in adapted_modules(model):
         if name in module.adapters:
-            yield path, module.adapters[name]  # type: ignore[misc]
+            yield path, module.adapters[name]
 
 
 def check_adapter_name(name: str) -> None:
@@ -277,7 +277,7 @@ def check_adapter_name(name: str) -> None:
         raise UsageError(f"adapter_name: '{name}' cannot be used; take letters, digits, '_' or '-'")
 
 
-def attach(model: nn.Module, state: State, name: str, places: list[Place], method: type[Adapter], config: Any) -> None:
+def attach(model: Any, state: State, name: str, places: list[Place], method: type[Adapter], config: Any) -> None:
     """Attach an adapter at all `places`. Everything is built before the first module changes.
 
     Raises:
@@ -288,7 +288,7 @@ def attach(model: nn.Module, state: State, name: str, places: list[Place], metho
     if name in state.configs:
         raise UsageError(f"adapter_name: there is an adapter '{name}' already; delete it first or take another name")
     shared = method.share(model, config, [place.path for place in places])
-    built: list[tuple[nn.Module, Adapter]] = []
+    built: list[tuple[Any, Adapter]] = []
     by_path: dict[str, Adapter] = {}
     for place in places:
         module = model.get_submodule(place.path)
@@ -307,7 +307,7 @@ def attach(model: nn.Module, state: State, name: str, places: list[Place], metho
     state.configs[name] = config
 
 
-def _adapt(module: nn.Module, state: State) -> Adapted:
+def _adapt(module: Any, state: State) -> Any:
     if not isinstance(module, Adapted):
         instance_forward = module.__dict__.pop("forward", None)
         module.__class__ = class_with(Adapted, type(module))
@@ -315,10 +315,10 @@ def _adapt(module: nn.Module, state: State) -> Adapted:
             module.__dict__["_inner_forward"] = instance_forward
         module.adapters = nn.ModuleDict()
         module.__dict__.update(_state=state, _merged=[], _replaced={})
-    return module  # type: ignore[return-value]
+    return module
 
 
-def detach(model: nn.Module, state: State, name: str) -> None:
+def detach(model: Any, state: State, name: str) -> None:
     """Take an adapter off every module; a module without adapters is what it was before."""
     for _, module in list(adapted_modules(model)):
         if name in module.adapters:
@@ -347,7 +347,7 @@ def _restore(module: Any) -> None:
 # --- merging ----------------------------------------------------------------------------------------------------
 
 
-def merge(model: nn.Module, names: list[str]) -> None:
+def merge(model: Any, names: list[str]) -> None:
     """Fold the adapters `names` into the weights, in fp32 and cast once. The replaced tensors are kept.
 
     Modules that shared one weight share one again where the merged weights are equal.
@@ -355,7 +355,7 @@ def merge(model: nn.Module, names: list[str]) -> None:
     Raises:
         MergeError: a method cannot be merged, or a merged tensor is not finite; the model is as before.
     """
-    changed: list[Adapted] = []
+    changed: list[Any] = []
     merged_once: dict[int, list[nn.Parameter]] = {}
     try:
         for path, module in adapted_modules(model):
@@ -412,7 +412,7 @@ def fold_in_float32(module: Any, names: list[str]) -> dict[str, Tensor]:
     return {name: original[name] if name in wide and t is wide[name] else t for name, t in tensors.items()}
 
 
-def unmerge(model: nn.Module) -> None:
+def unmerge(model: Any) -> None:
     """Put back every tensor that merging replaced: exact to the bit."""
     for _, module in adapted_modules(model):
         _unmerge_module(module)
@@ -424,13 +424,13 @@ def _unmerge_module(module: Any) -> None:
     module._merged.clear()
 
 
-def merged_names(model: nn.Module) -> list[str]:
+def merged_names(model: Any) -> list[str]:
     """The adapters that are merged into the weights now."""
     return list(dict.fromkeys(name for _, module in adapted_modules(model) for name in module._merged))
 
 
 @contextmanager
-def switched_off(model: nn.Module, state: State) -> Iterator[None]:
+def switched_off(model: Any, state: State) -> Iterator[None]:
     """The base model's own answers, to the bit, inside the block; merged adapters are taken out and put back."""
     enabled, merged = state.enabled, merged_names(model)
     swapped: list[tuple[Any, dict[str, Any]]] = []

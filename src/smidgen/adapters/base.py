@@ -28,6 +28,7 @@ class Inner(Protocol):
     @property
     def weight(self) -> Tensor:
         """The effective weight: the base layer's with the adapters below folded in."""
+        ...
 
     @property
     def bias(self) -> Tensor | None:
@@ -35,6 +36,7 @@ class Inner(Protocol):
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The base layer's own computation with another weight and bias."""
+        ...
 
     def call_with(self, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Answer the call as the base module would with `tensors` in place of its own, by name."""
@@ -71,7 +73,7 @@ class Adapter(nn.Module):
         """Make what all places of one adapter hold together; None where they share nothing."""
         return None
 
-    def __init__(self, base: nn.Module, config: Any, shared: Any = None):
+    def __init__(self, base: Any, config: Any, shared: Any = None):
         super().__init__()
 
     def forward(self, inner: Inner, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +113,7 @@ class Adapter(nn.Module):
 class WeightAdapter(Adapter):
     """An adapter that is a function of the weight. `merge` defines it; `forward` may be a cheaper equal."""
 
-    def __init__(self, base: nn.Module, config: Any, shared: Any = None):
+    def __init__(self, base: Any, config: Any, shared: Any = None):
         super().__init__(base, config, shared)
         layer = layer_of(base)
         if layer is None:

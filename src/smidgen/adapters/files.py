@@ -68,14 +68,14 @@ def adapter_state_dict(model: nn.Module, name: str, state_dict: dict[str, Tensor
     return tensors
 
 
-def base_embeddings(model: nn.Module, name: str, config: PeftConfig) -> dict[str, Tensor]:
+def base_embeddings(model: Any, name: str, config: PeftConfig) -> dict[str, Tensor]:
     """The base weights of adapted embeddings, which files of such adapters carry along."""
     targets = getattr(config, "target_modules", None)
     if not isinstance(targets, list) or not _EMBEDDING_NAMES & {target.rpartition(".")[2] for target in targets}:
         return {}
     if getattr(config, "trainable_token_indices", None):
         return {}
-    layers = {model.get_input_embeddings(), model.get_output_embeddings()}  # type: ignore[operator]
+    layers = {model.get_input_embeddings(), model.get_output_embeddings()}
     return {
         f"{KEY_PREFIX}{path}.base_layer.weight": layer.weight.detach()
         for path, _ in adapters_of(model, name)
@@ -163,13 +163,13 @@ def load_tensors(model: nn.Module, name: str, tensors: dict[str, Tensor], place:
             )
 
 
-def _base_weights(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> list[str]:
+def _base_weights(model: Any, name: str, tensors: dict[str, Tensor]) -> list[str]:
     """A line for each base weight in the file that is not the base model's."""
     problems = []
     for key in (key for key in tensors if key.endswith(".base_layer.weight")):
         path = key.removeprefix(KEY_PREFIX).removesuffix(".base_layer.weight")
         try:
-            weight = model.get_submodule(path).weight
+            weight: Tensor = model.get_submodule(path).weight
         except AttributeError:
             problems.append(f"{key}: the model has no such layer")
             continue

@@ -9,6 +9,7 @@ Legend: B rows, T tokens, out and in the sides of the matrix, R rank.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ class Layer:
 
     kind = ""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         self.module = module
 
     @property
@@ -56,7 +57,8 @@ class LinearLayer(Layer):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return tuple(self.module.weight.shape)
+        rows, columns = self.module.weight.shape
+        return rows, columns
 
     def linear(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, matrix, bias)
@@ -136,14 +138,14 @@ class ConvLayer(Layer):
         return vector.view((-1,) + (1,) * (self.module.weight.dim() - 2))
 
 
-def _ungrouped(module: nn.Module) -> nn.Module:
+def _ungrouped(module: Any) -> Any:
     """A view of a grouped convolution that mixes all its channels."""
     view = nn.Module.__new__(type(module))
     view.__dict__.update(module.__dict__, groups=1)
     return view
 
 
-def layer_of(module: nn.Module) -> Layer | None:
+def layer_of(module: Any) -> Layer | None:
     """Answer how `module` is seen as a matrix, or None where no weight adapter can stand around it."""
     if isinstance(module, nn.Linear):
         return LinearLayer(module)

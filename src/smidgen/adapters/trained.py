@@ -25,7 +25,7 @@ class TrainedCopy(Adapter):
     The configuration of its place is the list of the parameters' names within the module.
     """
 
-    def __init__(self, base: nn.Module, config: list[str], shared: Any = None):
+    def __init__(self, base: Any, config: list[str], shared: Any = None):
         super().__init__(base, config, shared)
         for name in config:
             owner, _, leaf = name.rpartition(".")
@@ -57,7 +57,10 @@ class TokenRows(WeightAdapter):
     `trainable_tokens_delta` (n, D) holds the rows themselves, under the name that Hugging Face's files give it.
     """
 
-    def __init__(self, base: nn.Module, config: list[int], shared: Any = None):
+    indices: Tensor
+    place: Tensor
+
+    def __init__(self, base: Any, config: list[int], shared: Any = None):
         super().__init__(base, config, shared)
         count = base.weight.shape[0]
         wrong = [index for index in config if not 0 <= index < count]
@@ -88,7 +91,9 @@ class TokenRows(WeightAdapter):
 class Mirror(WeightAdapter):
     """Stands at a layer whose weight is tied to another's and answers with the weight that is adapted there."""
 
-    def __init__(self, base: nn.Module, owner: Any):
+    owner: Any
+
+    def __init__(self, base: Any, owner: Any):
         super().__init__(base, None)
         # Not a submodule: the owner's parameters are registered, trained and counted at its own place.
         self.__dict__["owner"] = owner
@@ -127,13 +132,11 @@ def plan_trained(model: nn.Module, config: Any, targets: list[str]) -> Iterator[
                     yield Place(path, TrainedCopy, biases)
 
 
-def _plan_tokens(
-    model: nn.Module, tokens: list[int] | dict[str, list[int]] | None, targets: list[str]
-) -> Iterator[Place]:
+def _plan_tokens(model: Any, tokens: list[int] | dict[str, list[int]] | None, targets: list[str]) -> Iterator[Place]:
     if not tokens:
         return
     if isinstance(tokens, list):
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        embedding = model.get_input_embeddings()
         tokens = {next(path for path, module in base_modules(model) if module is embedding): tokens}
     for name, indices in tokens.items():
         for path in find_named(model, [name], "trainable_token_indices"):

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -40,8 +40,11 @@ from smidgen.errors import AdapterFileError, UsageError, did_you_mean
 from smidgen.models.fingerprint import fingerprint
 from smidgen.registry import METHODS
 
+# The mixin is made into a class only together with a model's own, whose methods it calls.
+_Model = transformers.PreTrainedModel if TYPE_CHECKING else object
 
-class AdaptedModel(MadeInPlace):
+
+class AdaptedModel(MadeInPlace, _Model):
     """Put in front of the class of a model that has adapters; a mixin, never made by itself."""
 
     _adapters: State
@@ -51,14 +54,14 @@ class AdaptedModel(MadeInPlace):
     def __call__(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """Call the model; `adapter_names` gives each row of the batch its own adapter ("__base__": none)."""
         with self._rows(adapter_names):
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """As transformers' `generate`; `adapter_names` as in a call."""
         if adapter_names is not None and kwargs.get("num_beams", 1) > 1:
             raise UsageError("adapter_names: rows with their own adapters cannot be combined with beam search")
         with self._rows(adapter_names):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     @contextmanager
     def _rows(self, names: list[str] | None) -> Iterator[None]:
@@ -67,13 +70,13 @@ class AdaptedModel(MadeInPlace):
             yield
             return
         self._check_names([name for name in names if name != BASE])
-        if getattr(self, "is_gradient_checkpointing", False) and self.training and torch.is_grad_enabled():  # type: ignore
+        if getattr(self, "is_gradient_checkpointing", False) and self.training and torch.is_grad_enabled():
             raise UsageError("adapter_names: not together with gradient checkpointing, which calls layers again later")
-        if attach.merged_names(self):  # type: ignore[arg-type]
+        if attach.merged_names(self):
             raise UsageError("adapter_names: adapters are merged into the weights; call unmerge_adapter() first")
         whole = {
             type(a).__name__ for name in set(names) - {BASE} for _, a in attach.adapters_of(self, name) if not a.per_row
-        }  # type: ignore
+        }
         if whole:
             raise UsageError(f"adapter_names: {', '.join(sorted(whole))} works on a whole batch, not row by row")
         before, state.rows = state.rows, list(names)
@@ -105,7 +108,7 @@ class AdaptedModel(MadeInPlace):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are in all, adapters included."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]  # type: ignore[attr-defined]
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
@@ -136,10 +139,10 @@ class AdaptedModel(MadeInPlace):
             raise UsageError("add_adapter takes the name first, then the configuration: add_adapter(name, config)")
         method = _method_of(peft_config)
         places = list(method.plan(self, peft_config))
-        attach.attach(self, self._adapters, adapter_name, places, method, peft_config)  # type: ignore[arg-type]
+        attach.attach(self, self._adapters, adapter_name, places, method, peft_config)
         if not autocast_adapter_dtype:
-            for _, adapter in attach.adapters_of(self, adapter_name):  # type: ignore[arg-type]
-                adapter.to(self.dtype)  # type: ignore[attr-defined]
+            for _, adapter in attach.adapters_of(self, adapter_name):
+                adapter.to(self.dtype)
         peft_config.base_model_name_or_path = peft_config.base_model_name_or_path or _base_name(self)
         self._set_trainable(adapter_name, False)
 
@@ -154,14 +157,14 @@ class AdaptedModel(MadeInPlace):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off the model."""
         self._check_names([adapter_name])
-        if adapter_name in attach.merged_names(self):  # type: ignore[arg-type]
+        if adapter_name in attach.merged_names(self):
             raise UsageError(f"adapter '{adapter_name}' is merged into the weights; call unmerge_adapter() first")
-        attach.detach(self, self._adapters, adapter_name)  # type: ignore[arg-type]
+        attach.detach(self, self._adapters, adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model's own answers inside the block, to the bit."""
-        with attach.switched_off(self, self._adapters):  # type: ignore[arg-type]
+        with attach.switched_off(self, self._adapters):
             yield
 
     def _check_names(self, names: list[str]) -> None:
@@ -173,7 +176,7 @@ class AdaptedModel(MadeInPlace):
                 )
 
     def _set_trainable(self, name: str, trainable: bool) -> None:
-        for _, adapter in attach.adapters_of(self, name):  # type: ignore[arg-type]
+        for _, adapter in attach.adapters_of(self, name):
             adapter.requires_grad_(trainable)
 
     # --- merging --------------------------------------------------------------------------------------------------
@@ -186,11 +189,11 @@ class AdaptedModel(MadeInPlace):
         """
         names = adapter_names or self.active_adapters
         self._check_names(names)
-        attach.merge(self, names)  # type: ignore[arg-type]
+        attach.merge(self, names)
 
     def unmerge_adapter(self) -> None:
         """Put the weights back, exact to the bit."""
-        attach.unmerge(self)  # type: ignore[arg-type]
+        attach.unmerge(self)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
@@ -204,17 +207,18 @@ class AdaptedModel(MadeInPlace):
             MergeError: as `merge_adapter`.
         """
         self.merge_adapter(adapter_names)
-        for _, module in list(attach.adapted_modules(self)):  # type: ignore[arg-type]
+        for _, module in list(attach.adapted_modules(self)):
             module._replaced.clear()
         return self.unload()
 
     def unload(self) -> Any:
         """Take all adapters off; the weights stay as they are now."""
         for name in list(self._adapters.configs):
-            attach.detach(self, self._adapters, name)  # type: ignore[arg-type]
-        del self._adapters, self._hf_peft_config_loaded
-        self.__class__ = class_without(type(self), AdaptedModel)  # type: ignore[assignment]
-        _follow_ties(self)  # type: ignore[arg-type]
+            attach.detach(self, self._adapters, name)
+        for attribute in ("_adapters", "_hf_peft_config_loaded"):
+            delattr(self, attribute)
+        self.__class__ = class_without(type(self), AdaptedModel)
+        _follow_ties(self)
         return self
 
     # --- files ----------------------------------------------------------------------------------------------------
@@ -246,16 +250,16 @@ class AdaptedModel(MadeInPlace):
             return
         names = selected_adapters or list(self._adapters.configs)
         self._check_names(names)
-        merged = attach.merged_names(self)  # type: ignore[arg-type]
+        merged = attach.merged_names(self)
         for name in names:
             config = self._adapters.configs[name]
-            tensors = adapter_state_dict(self, name, state_dict)  # type: ignore[arg-type]
+            tensors = adapter_state_dict(self, name, state_dict)
             if save_embedding_layers and not merged:
-                tensors |= base_embeddings(self, name, config)  # type: ignore[arg-type]
+                tensors |= base_embeddings(self, name, config)
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             trained, config.inference_mode = config.inference_mode, True
             try:
-                save_adapter(folder, tensors, config, {} if merged else {"base_fingerprint": fingerprint(self)})  # type: ignore
+                save_adapter(folder, tensors, config, {} if merged else {"base_fingerprint": fingerprint(self)})
             finally:
                 config.inference_mode = trained
             if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
@@ -269,9 +273,9 @@ class AdaptedModel(MadeInPlace):
             AdapterFileError: the keys or shapes of such a file do not fit.
         """
         if state_dict and all(key.startswith(KEY_PREFIX) for key in state_dict):
-            load_tensors(self, self.active_adapter, dict(state_dict), "state_dict")  # type: ignore[arg-type]
+            load_tensors(self, self.active_adapter, dict(state_dict), "state_dict")
             return _IncompatibleKeys([], [])
-        return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
+        return super().load_state_dict(state_dict, strict, assign)
 
     def load_adapter(
         self,
@@ -300,18 +304,18 @@ class AdaptedModel(MadeInPlace):
             config = PeftConfig.from_pretrained(folder, inference_mode=not is_trainable)
             self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
         try:
-            load_tensors(self, adapter_name, tensors, str(folder))  # type: ignore[arg-type]
+            load_tensors(self, adapter_name, tensors, str(folder))
         except AdapterFileError:
             if new:
-                attach.detach(self, self._adapters, adapter_name)  # type: ignore[arg-type]
+                attach.detach(self, self._adapters, adapter_name)
             raise
         self._set_trainable(adapter_name, is_trainable)
 
     def _check_base(self, folder: Path, metadata: dict[str, Any], force: bool) -> None:
         trained_on = metadata.get("base_fingerprint")
-        if trained_on is None or force or attach.merged_names(self):  # type: ignore[arg-type]
+        if trained_on is None or force or attach.merged_names(self):
             return
-        here = fingerprint(self)  # type: ignore[arg-type]
+        here = fingerprint(self)
         if here != trained_on:
             raise AdapterFileError(
                 f"{folder}: trained on base {trained_on[:12]}, this is {here[:12]}: other weights or another shape. "
@@ -329,7 +333,7 @@ class PeftModel(metaclass=_PeftModelType):
 
     @staticmethod
     def from_pretrained(
-        model: nn.Module,
+        model: Any,
         model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
@@ -345,7 +349,7 @@ class PeftModel(metaclass=_PeftModelType):
             AdapterFileError: as `AdaptedModel.load_adapter`; the model is as before.
         """
         fresh = not isinstance(model, AdaptedModel)
-        adapted: Any = _adaptable(model)
+        adapted = _adaptable(model)
         try:
             if config is not None:
                 adapted.add_adapter(adapter_name, config)
@@ -361,7 +365,7 @@ class PeftModel(metaclass=_PeftModelType):
 
 
 def get_peft_model(
-    model: nn.Module,
+    model: Any,
     peft_config: PeftConfig,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
@@ -373,7 +377,7 @@ def get_peft_model(
         TargetError: what the configuration asks for is not in the model; nothing was changed.
     """
     fresh = not isinstance(model, AdaptedModel)
-    adapted: Any = _adaptable(model)
+    adapted = _adaptable(model)
     try:
         adapted.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
     except Exception:
@@ -386,7 +390,7 @@ def get_peft_model(
     return adapted
 
 
-def _adaptable(model: nn.Module) -> nn.Module:
+def _adaptable(model: Any) -> Any:
     if not isinstance(model, AdaptedModel):
         model.__class__ = class_with(AdaptedModel, type(model))
         # transformers' Trainer asks for this mark where the base is quantised.
@@ -412,12 +416,12 @@ def _base_name(model: Any) -> str | None:
     return getattr(model, "name_or_path", None) or None
 
 
-def _follow_ties(model: nn.Module) -> None:
+def _follow_ties(model: Any) -> None:
     """After merging: say it, and let the configuration say it, where input and output embeddings are untied now."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
         return
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and embedding is not None and head.weight is not embedding.weight:
         config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
@@ -428,6 +432,7 @@ def _follow_ties(model: nn.Module) -> None:
 class _AutoPeftModel:
     """Loads an adapter together with the base model that its configuration names."""
 
+    task_type: str | None = None
     base_class: Any = None
 
     @classmethod

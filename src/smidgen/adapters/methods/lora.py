@@ -9,6 +9,7 @@ Legend: the weight is a matrix (out, in), R the rank, s the scaling.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -47,8 +48,9 @@ class LoraConfig(PeftConfig):
         bias: train biases too: "none", "lora_only" (of the target modules) or "all".
         lora_bias: the update has a bias of its own.
         fan_in_fan_out: accepted for files; how a layer stores its weight is seen from the layer.
-        init_lora_weights: how the factors start: True, False (random), "gaussian", "pissa", "olora", "orthogonal".
-            The last three apply to linear layers; others start as with True.
+        init_lora_weights: how the factors start: True, False (random), "gaussian", "pissa",
+            "pissa_niter_[n]" (a faster approximation), "olora", "orthogonal". The last four apply to linear layers;
+            others start as with True.
         trainable_token_indices: rows of the input embedding to train in full: ids, or ids for each embedding's name.
         ensure_weight_tying: layers that share one weight go on sharing it when it is adapted.
     """
@@ -115,8 +117,15 @@ class LoraConfig(PeftConfig):
         Raises:
             UsageError: there is no such start.
         """
-        name = {True: "default", False: "random"}.get(self.init_lora_weights, self.init_lora_weights)
-        return lookup(LORA_INITS, str(name), "init_lora_weights").name
+        chosen = self.init_lora_weights
+        name = chosen if isinstance(chosen, str) else "default" if chosen else "random"
+        name = re.sub(r"^pissa_niter_\d+$", "pissa", name)
+        return lookup(LORA_INITS, name, "init_lora_weights").name
+
+    def init_options(self) -> dict[str, int]:
+        """What the start is told beside the weight: PiSSA's number of iterations in "pissa_niter_16"."""
+        steps = re.fullmatch(r"pissa_niter_(\d+)", str(self.init_lora_weights))
+        return {"niter": int(steps[1])} if steps else {}
 
     def scaling(self, r: int, alpha: float) -> float:
         """s, what the product of the factors is multiplied by."""
@@ -146,6 +155,14 @@ class Lora(WeightAdapter):
 
     config_class = LoraConfig
 
+    lora_A: Factor
+    lora_B: Factor
+    lora_embedding_A: nn.Parameter
+    lora_embedding_B: nn.Parameter
+    lora_magnitude_vector: Any  # a parameter of (out,) numbers, or None without DoRA
+    start_A: Any  # a tensor, or None where the start takes nothing from the weight
+    start_B: Any
+
     @classmethod
     def plan(cls, model: nn.Module, config: LoraConfig) -> Iterator[Place]:
         targets = find_targets(model, config)
@@ -160,14 +177,14 @@ class Lora(WeightAdapter):
         places += plan_trained(model, config, targets)
         yield from with_mirrors(model, places, config.ensure_weight_tying)
 
-    def __init__(self, base: nn.Module, config: LoraPlace, shared: Any = None):
+    def __init__(self, base: Any, config: LoraPlace, shared: Any = None):
         super().__init__(base, config)
         options, layer = config.config, self.layer
         self.r, self.scaling = config.r, config.scaling
         self.groups = getattr(base, "groups", 1)
         self.dropout = nn.Dropout(options.lora_dropout)
         self._check(base, options)
-        a, b, offset = self._start(base, options.init_name())
+        a, b, offset = self._start(base, options)
         bias = torch.zeros(b.shape[0], device=b.device) if options.lora_bias else None
         if isinstance(layer, EmbeddingLayer):
             self.lora_embedding_A, self.lora_embedding_B = nn.Parameter(a), nn.Parameter(b)
@@ -189,7 +206,7 @@ class Lora(WeightAdapter):
             shape = (1, -1, *[1] * (base.weight.dim() - 2)) if isinstance(layer, ConvLayer) else (-1,)
             self.lora_magnitude_vector = nn.Parameter(norm.float().view(shape).contiguous())
 
-    def _check(self, base: nn.Module, options: LoraConfig) -> None:
+    def _check(self, base: Any, options: LoraConfig) -> None:
         if self.r % self.groups:
             raise TargetError(f"r: {self.r} is no multiple of the convolution's {self.groups} groups")
         if self.groups > 1 and options.use_dora:
@@ -199,9 +216,9 @@ class Lora(WeightAdapter):
         if options.lora_bias and isinstance(self.layer, EmbeddingLayer):
             raise TargetError("lora_bias: an embedding has no bias")
 
-    def _start(self, base: nn.Module, name: str) -> tuple[Tensor, Tensor, bool]:
+    def _start(self, base: Any, options: LoraConfig) -> tuple[Tensor, Tensor, bool]:
         """A and B at the start as matrices, and whether the base is to answer without their product."""
-        linear = isinstance(self.layer, LinearLayer)
+        name, linear = options.init_name(), isinstance(self.layer, LinearLayer)
         weight = self.layer.matrix(base.weight.detach()).float()
         if weight.is_meta:  # offloaded: the start needs no more than its shape and where it will be computed
             device = getattr(getattr(base, "_hf_hook", None), "execution_device", "cpu")
@@ -209,7 +226,8 @@ class Lora(WeightAdapter):
         if self.groups > 1:  # A mixes all input channels, which the grouped weight does not hold
             weight = weight.repeat(1, self.groups)
         name = name if linear or name in ("random", "gaussian") else "default"
-        a, b, offset = LORA_INITS[name].load()(weight, self.r, self.scaling)
+        more = options.init_options() if name == "pissa" else {}
+        a, b, offset = LORA_INITS[name].load()(weight, self.r, self.scaling, **more)
         if isinstance(self.layer, EmbeddingLayer) and name != "random":
             # As the reference does, the side of the vocabulary starts at zero, so that rare tokens move first.
             a, b = torch.zeros_like(a), torch.randn_like(b)

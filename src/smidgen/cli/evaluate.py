@@ -1,0 +1,67 @@
+"""``smidgen evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smidgen.errors import UsageError
+from smidgen.recipe import Source, load_recipe
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder, or an adapter folder.")],
+    data: Annotated[str | None, typer.Option(help="Held-out rows; default: the evaluation file of the run.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each file.")] = None,
+    few_shot: Annotated[int, typer.Option(min=0, help="Solved examples that the base is shown in a second try.")] = 0,
+    few_shot_data: Annotated[str | None, typer.Option(help="Their file; default: the run's training file.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows generated at once.")] = 64,
+) -> None:
+    """Answer held-out rows with the base and with the tuned model, and compare exact matches."""
+    adapter = run / "adapter" if (run / "adapter").is_dir() else run
+    if not (adapter / "adapter_config.json").is_file():
+        raise UsageError(f"{run}: neither a run folder nor an adapter folder: no adapter_config.json in {adapter}")
+    written = adapter.parent / "recipe.yaml"
+    recipe = load_recipe(written)[0] if written.is_file() else None
+    source = _source(data, recipe.data.eval if recipe else None, "--data")
+    shots_source = None
+    if few_shot:
+        shots_source = _source(few_shot_data, recipe.data.train if recipe else None, "--few-shot-data")
+    base = recipe.model if recipe else _named_base(adapter / "adapter_config.json")
+
+    from smidgen.evaluation.compare import choose_few_shot, compare, read_examples
+    from smidgen.models.load import load_adapted
+    from smidgen.models.resolve import resolve_model
+
+    shots = choose_few_shot(shots_source, few_shot, seed=recipe.seed if recipe else 0) if shots_source else []
+    model, tokenizer = load_adapted(adapter, resolve_model(base), recipe.train.dtype if recipe else "auto")
+    found = compare(
+        model,
+        tokenizer,
+        read_examples(source, limit),
+        few_shot=shots,
+        system=recipe.data.system if recipe else None,
+        batch_size=batch_size,
+        progress=typer.echo,
+    )
+    for line in found.lines():
+        typer.echo(line)
+    typer.echo(f"chat with it: smidgen chat {run}")
+
+
+def _source(given: str | None, recipe: list[Source] | None, option: str) -> Source:
+    if given:
+        return Source(given)
+    if not recipe:
+        raise UsageError(f"{option} FILE is needed: the run names no such file")
+    return recipe[0]
+
+
+def _named_base(config: Path) -> str:
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UsageError(f"{config}: names no base model (base_model_name_or_path)")
+    return base

@@ -1,0 +1,258 @@
+"""The data formats, detected by the fields of a file's first row, and how a row becomes a chat or a text.
+
+A row of a wrong type is a mistake of the file (`BadRow`: all are told at once, and nothing is trained). A row that is
+well formed but useless (roles out of order, an empty answer) is left out and counted (`Unusable`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from smidgen.data.messages import (
+    BadRow,
+    Message,
+    Unusable,
+    check_order,
+    kind_of,
+    optional_text,
+    read_message,
+    read_tools,
+    text_of,
+)
+from smidgen.data.read import Unreadable
+from smidgen.errors import DataError, did_you_mean, raise_all
+
+
+class Example(NamedTuple):
+    """One row of data: the messages of a chat, or a text. `line` is its place in the file."""
+
+    line: int
+    messages: list[Message]
+    text: str | None = None
+    tools: list[Any] | None = None
+
+
+class Content(NamedTuple):
+    """What a format's `convert` answers."""
+
+    messages: list[Message]
+    text: str | None = None
+    tools: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A data format.
+
+    needs: the fields that every row has; they tell the format.
+    takes: further fields that are read where they stand.
+    style: the prompt for tokenizers that have no chat template: 'alpaca', 'plain' (prompt, then completion) or 'text'.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    takes: tuple[str, ...]
+    style: str
+    convert: Callable[[Mapping[str, Any]], Content]
+
+
+def _exchange(system: str, earlier: Iterable[tuple[str, str]], prompt: str, completion: str) -> Content:
+    messages = [{"role": "system", "content": system}] if system.strip() else []
+    for user, assistant in (*earlier, (prompt, completion)):
+        if not user.strip():
+            raise Unusable("empty prompt")
+        if not assistant.strip():
+            raise Unusable("empty completion")
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return Content(messages)
+
+
+def _join(instruction: str, more: str) -> str:
+    return f"{instruction}\n\n{more}" if more.strip() else instruction
+
+
+def _alpaca(row: Mapping[str, Any]) -> Content:
+    prompt = _join(text_of(row, "instruction"), optional_text(row, "input"))
+    return _exchange(optional_text(row, "system"), _history(row), prompt, text_of(row, "output"))
+
+
+def _history(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise BadRow(f"field 'history' must be a list of [prompt, completion], got {kind_of(history)}")
+    for pair in history:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise BadRow("field 'history' must be a list of [prompt, completion] texts")
+    return [(prompt, completion) for prompt, completion in history]
+
+
+def _dolly(row: Mapping[str, Any]) -> Content:
+    return _exchange(
+        "", (), _join(text_of(row, "instruction"), optional_text(row, "context")), text_of(row, "response")
+    )
+
+
+def _pair(prompt: str, completion: str) -> Format:
+    def convert(row: Mapping[str, Any]) -> Content:
+        return _exchange(optional_text(row, "system"), (), text_of(row, prompt), text_of(row, completion))
+
+    return Format(f"{prompt}/{completion}", (prompt, completion), ("system",), "plain", convert)
+
+
+def _plain_text(row: Mapping[str, Any]) -> Content:
+    text = text_of(row, "text")
+    if not text.strip():
+        raise Unusable("empty text")
+    return Content([], text)
+
+
+def _chat(name: str) -> Callable[[Mapping[str, Any]], Content]:
+    def convert(row: Mapping[str, Any]) -> Content:
+        turns = row.get(name)
+        if not isinstance(turns, list):
+            raise BadRow(f"field '{name}' must be a list of messages, got {kind_of(turns)}")
+        messages = [read_message(f"{name}[{index}]", turn) for index, turn in enumerate(turns)]
+        system = optional_text(row, "system")
+        if system.strip() and not (messages and messages[0]["role"] == "system"):
+            messages.insert(0, {"role": "system", "content": system})
+        check_order(messages)
+        return Content(messages, None, read_tools(row))
+
+    return convert
+
+
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        Format("messages", ("messages",), ("tools", "system"), "alpaca", _chat("messages")),
+        Format("sharegpt", ("conversations",), ("tools", "system"), "alpaca", _chat("conversations")),
+        Format("alpaca", ("instruction", "output"), ("input", "history", "system"), "alpaca", _alpaca),
+        Format("dolly", ("instruction", "response"), ("context",), "alpaca", _dolly),
+        _pair("instruction", "command"),
+        _pair("prompt", "completion"),
+        _pair("prompt", "response"),
+        _pair("question", "answer"),
+        _pair("query", "response"),
+        _pair("input", "output"),
+        Format("text", ("text",), (), "text", _plain_text),
+    )
+}
+
+
+def detect_format(fields: Iterable[str], where: str, *, prefer_text: bool = False) -> Format:
+    """Answer the first format of the table whose fields are all among `fields`; with `prefer_text`, text where it fits.
+
+    Raises:
+        DataError: there is none.
+    """
+    present = set(fields)
+    if prefer_text and "text" in present:
+        return FORMATS["text"]
+    for format in FORMATS.values():
+        if present.issuperset(format.needs):
+            return format
+    known = "; ".join(f"{format.name}: {', '.join(format.needs)}" for format in FORMATS.values())
+    raise DataError(
+        f"{where}: no known format has the fields {', '.join(sorted(present)) or '(none)'}. Known: {known}. "
+        "Fix: name the fields with 'columns', for example columns: {prompt: title, completion: body}"
+    )
+
+
+def named_format(name: str) -> Format:
+    """Answer the format called `name`.
+
+    Raises:
+        DataError: there is none.
+    """
+    if name not in FORMATS:
+        raise DataError(f"data.format: no '{name}'{did_you_mean(name, FORMATS)}. There are: {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+@dataclass
+class Tally:
+    """Lines under the same words: of each kind of problem, where it was seen."""
+
+    lines: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, words: str, place: str) -> None:
+        self.lines.setdefault(words, []).append(place)
+
+    def count(self) -> int:
+        """How many in all."""
+        return sum(map(len, self.lines.values()))
+
+    def problems(self, path: str) -> list[str]:
+        """A line for each kind: the first place, the words, and how many others there are."""
+        return [f"{path}:{places[0]}: {words}.{_others(places)}" for words, places in self.lines.items()]
+
+
+@dataclass
+class FileRows:
+    """What was found in one file."""
+
+    path: str
+    format: Format
+    examples: list[Example]
+    unusable: Tally
+    ignored: Counter[str]  # unknown fields, and in how many rows
+
+
+def convert_rows(
+    path: str,
+    rows: Iterator[tuple[int, Any]],
+    *,
+    format: Format | None,
+    columns: Mapping[str, str] | None = None,
+    prefer_text: bool = False,
+) -> FileRows:
+    """Convert the rows of one file.
+
+    Args:
+        format: None: detected from the first row.
+        columns: our name of a field -> the file's name; where given, no other field is read.
+
+    Raises:
+        DataError: a line for each kind of mistake, naming the first row and counting the others.
+    """
+    examples: list[Example] = []
+    unusable, bad = Tally(), Tally()
+    ignored: Counter[str] = Counter()
+    known: frozenset[str] = frozenset()
+    for line, row in rows:
+        if not isinstance(row, dict):
+            bad.add(
+                row.problem if isinstance(row, Unreadable) else f"a row must be an object, got {kind_of(row)}",
+                str(line),
+            )
+            continue
+        if columns:
+            row = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+        if not known:
+            format = format or detect_format(row, f"{path}:{line}", prefer_text=prefer_text)
+            known = frozenset((*format.needs, *format.takes))
+        assert format is not None
+        try:
+            content = format.convert(row)
+        except BadRow as problem:
+            bad.add(str(problem), str(line))
+        except Unusable as reason:
+            unusable.add(str(reason), str(line))
+        else:
+            examples.append(Example(line, *content))
+            if extra := row.keys() - known:
+                ignored.update(extra)
+    raise_all(DataError, bad.problems(path))
+    if format is None:
+        raise DataError(f"{path}: the file holds no rows")
+    return FileRows(path, format, examples, unusable, ignored)
+
+
+def _others(places: list[str]) -> str:
+    if len(places) == 1:
+        return ""
+    shown = ", ".join(places[:10]) + (", ..." if len(places) > 10 else "")
+    return f" ({len(places):,} rows like this: {shown})"

@@ -1,0 +1,177 @@
+"""Which rows make an update, and how an update becomes batches: packed, or padded and grouped by length.
+
+Letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from smidgen.data.rows import TokenRow, TokenRows
+from smidgen.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100  # a label without loss
+_GROUP = 50  # updates whose rows are sorted by length together
+_ALIKE = 0.9  # of the longest row of a padded batch: shorter rows go into the next batch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model computes at once.
+
+    input_ids (B, T) int64; labels (B, T) int64, not shifted, -100 where there is no loss (as at a row's first token).
+    attention_mask (B, T) int64, 1 for tokens and 0 for padding; None where there is no padding.
+    position_ids (B, T) int64, starting at 0 with every row of a packed batch (B = 1); None in a padded batch.
+    rows: the indices of its rows. supervised: how many labels carry loss.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    rows: list[int]
+    supervised: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Answer the batch with its tensors on that device."""
+        tensors = {f.name: value for f in fields(self) if hasattr(value := getattr(self, f.name), "to")}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+def epoch_plan(
+    lengths: Sequence[int] | np.ndarray, batch_size: int, *, seed: int, epoch: int, grouped: bool = True
+) -> list[list[int]]:
+    """Cut an epoch into updates of `batch_size` rows: every row once, the last update may hold fewer.
+
+    The rows are permuted by `seed` and `epoch` alone. With `grouped`, rows of like length share an update, so that
+    padding is little; the updates are in random order. The first epoch starts with the update of the longest row: what
+    does not fit into memory fails at once.
+    """
+    lengths = np.asarray(lengths)
+    count = len(lengths)
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(count)
+    full = count - count % batch_size
+    if count and full:
+        longest = int(np.flatnonzero(order == np.argmax(lengths))[0])
+        if longest >= full:  # keep it out of the smaller last update
+            order[[0, longest]] = order[[longest, 0]]
+    updates = []
+    for start in range(0, full, _GROUP * batch_size):
+        group = order[start : min(full, start + _GROUP * batch_size)]
+        if grouped:
+            group = group[np.argsort(lengths[group], kind="stable")]
+        updates += [group[at : at + batch_size] for at in range(0, len(group), batch_size)]
+    updates = [updates[index] for index in random.permutation(len(updates))]
+    if epoch == 0 and updates:
+        first = max(range(len(updates)), key=lambda index: int(lengths[updates[index]].max()))
+        updates.insert(0, updates.pop(first))
+    if full < count:
+        updates.append(order[full:])
+    return [update.tolist() for update in updates]
+
+
+def micro_batches(
+    rows: TokenRows, update: Sequence[int], *, token_budget: int, packing: bool, pad_id: int
+) -> list[Batch]:
+    """Cut an update into batches of at most `token_budget` tokens, padding included; the largest comes first.
+
+    Packed: rows stand one behind the other in one sequence, `position_ids` start anew with each, and there is no
+    attention mask: transformers then keeps the rows apart. Padded: rows of like length share a batch, padded behind.
+
+    Raises:
+        DataError: a row is longer than the budget.
+    """
+    lengths = {index: len(rows[index].input_ids) for index in update}
+    long = [index for index in update if lengths[index] > token_budget]
+    if long:
+        raise DataError(
+            f"{rows[long[0]].where}: the row has {lengths[long[0]]} tokens, more than the {token_budget} computed at "
+            "once; raise micro_batch_tokens or lower max_length"
+        )
+    longest_first = sorted(update, key=lambda index: -lengths[index])
+    groups = (
+        _best_fit(longest_first, lengths, token_budget) if packing else _alike(longest_first, lengths, token_budget)
+    )
+    make = _packed if packing else _padded
+    return [make([rows[index] for index in group], group, pad_id) for group in groups]
+
+
+def _best_fit(order: Sequence[int], lengths: dict[int, int], budget: int) -> list[list[int]]:
+    """Best-fit decreasing: each row goes where it leaves the least room. Answer the bins, fullest first."""
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+    for index in order:
+        at = bisect_left(room, (lengths[index], -1))
+        if at < len(room):
+            left, place = room.pop(at)
+        else:
+            left, place = budget, len(bins)
+            bins.append([])
+        bins[place].append(index)
+        insort(room, (left - lengths[index], place))
+    return [bins[place] for _, place in room]
+
+
+def _alike(order: Sequence[int], lengths: dict[int, int], budget: int) -> list[list[int]]:
+    """Groups of rows of falling length, as large as the budget lets them be when padded, but of like length."""
+    groups = [[order[0]]]
+    for index in order[1:]:
+        longest = lengths[groups[-1][0]]
+        if (len(groups[-1]) + 1) * longest <= budget and lengths[index] >= _ALIKE * longest:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _labels(row: TokenRow) -> np.ndarray:
+    labels = np.where(row.supervised, row.input_ids, IGNORED)
+    labels[0] = IGNORED
+    return labels
+
+
+def _packed(rows: list[TokenRow], indices: list[int], pad_id: int) -> Batch:
+    ids = np.concatenate([row.input_ids for row in rows])
+    labels = np.concatenate([_labels(row) for row in rows])
+    positions = np.concatenate([np.arange(len(row.input_ids)) for row in rows])
+    return _batch(ids[None], labels[None], None, positions[None], indices)
+
+
+def _padded(rows: list[TokenRow], indices: list[int], pad_id: int) -> Batch:
+    longest = max(len(row.input_ids) for row in rows)
+    ids = np.full((len(rows), longest), pad_id)
+    labels = np.full((len(rows), longest), IGNORED)
+    mask = np.zeros((len(rows), longest), dtype=np.int64)
+    for place, row in enumerate(rows):
+        length = len(row.input_ids)
+        ids[place, :length] = row.input_ids
+        labels[place, :length] = _labels(row)
+        mask[place, :length] = 1
+    return _batch(ids, labels, None if mask.all() else mask, None, indices)
+
+
+def _batch(
+    ids: np.ndarray, labels: np.ndarray, mask: np.ndarray | None, positions: np.ndarray | None, indices: list[int]
+) -> Batch:
+    import torch
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int64))
+
+    return Batch(
+        input_ids=tensor(ids),
+        labels=tensor(labels),
+        attention_mask=None if mask is None else tensor(mask),
+        position_ids=None if positions is None else tensor(positions),
+        rows=list(indices),
+        supervised=int((labels != IGNORED).sum()),
+    )

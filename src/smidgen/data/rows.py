@@ -1,0 +1,110 @@
+"""Tokenised rows: flat arrays, in memory or mapped from a cache folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COMPLETE, PROMPT_CUT, ENDING_LOST, TEXT = 0, 1, 2, 3  # TokenRows.state
+
+_ARRAYS = ("ids", "learned", "offsets", "file", "line", "state", "digest")
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One row: T token ids, which of them are learned (bool), and the place it comes from."""
+
+    input_ids: np.ndarray
+    supervised: np.ndarray
+    where: str
+
+    @property
+    def prompt_length(self) -> int:
+        """How many tokens stand before the last learned stretch; all of them where nothing is learned."""
+        learned = np.flatnonzero(self.supervised)
+        if not len(learned):
+            return len(self.input_ids)
+        breaks = np.flatnonzero(np.diff(learned) > 1)
+        return int(learned[breaks[-1] + 1] if len(breaks) else learned[0])
+
+
+@dataclass(frozen=True)
+class TokenRows(Sequence[TokenRow]):
+    """Rows of token ids, as flat arrays of all tokens with an index of rows over them.
+
+    ids: int32, all tokens; learned: bool, one for each.
+    offsets: int64, where the stored rows begin, and the end of the last.
+    file, line, state, digest: one for each stored row: index into `files`, line, COMPLETE..., a hash of the ids.
+    order: which stored rows these are; a row may stand in it more than once (mixtures).
+    """
+
+    ids: np.ndarray
+    learned: np.ndarray
+    offsets: np.ndarray
+    file: np.ndarray
+    line: np.ndarray
+    state: np.ndarray
+    digest: np.ndarray
+    files: tuple[str, ...]
+    order: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> TokenRow:  # type: ignore[override]
+        stored = self.order[index]
+        part = slice(self.offsets[stored], self.offsets[stored + 1])
+        return TokenRow(self.ids[part], self.learned[part], f"{self.files[self.file[stored]]}:{self.line[stored]}")
+
+    def __iter__(self) -> Iterator[TokenRow]:
+        return (self[index] for index in range(len(self)))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64."""
+        return np.diff(self.offsets)[self.order]
+
+    @cached_property
+    def supervised_counts(self) -> np.ndarray:
+        """Of each row, how many tokens carry loss; the first token never does, nothing predicts it."""
+        sums = np.concatenate(([0], np.cumsum(self.learned, dtype=np.int64)))
+        first = self.learned[np.minimum(self.offsets[:-1], max(0, len(self.learned) - 1))]
+        return (np.diff(sums[self.offsets]) - first)[self.order]
+
+    def select(self, indices: np.ndarray) -> TokenRows:
+        """Answer the rows at these indices, in this order, over the same arrays."""
+        return replace(self, order=self.order[indices])
+
+    def save(self, folder: Path, notes: Any) -> None:
+        """Write arrays and JSON notes to a new folder: completely, or not at all."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
+        draft.mkdir()
+        try:
+            for name in _ARRAYS:
+                np.save(draft / f"{name}.npy", getattr(self, name), allow_pickle=False)
+            text = json.dumps({"files": self.files, "notes": notes}, ensure_ascii=False)
+            (draft / "rows.json").write_text(text, encoding="utf-8")
+            os.replace(draft, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process wrote the same rows meanwhile
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> tuple[TokenRows, Any]:
+        """Answer the rows and notes of a folder; the arrays stay on disk and are mapped into memory."""
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
+        kept = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+        order = np.arange(len(arrays["offsets"]) - 1)
+        return cls(**arrays, files=tuple(kept["files"]), order=order), kept["notes"]

@@ -1,0 +1,128 @@
+"""Merging an adapter into its base for good, with proof: the merged model must answer as the adapted one did.
+
+Everything is computed in fp32, the update is added in fp32, and the result is cast once.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smidgen.data import encode_prompt, encode_text
+from smidgen.errors import MergeError, UsageError
+from smidgen.models.generate import generate_batch
+from smidgen.models.load import stop_token_ids
+
+# The largest change of a logit, in units of the spread of the logits, by the dtype that the weights are cast to.
+BOUNDS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
+ANSWER_TOKENS = 16
+PROBES = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Set a timer for ten minutes.",
+    "Translate 'good morning' into Spanish.",
+    "List three colours.",
+    "Why is the sky blue?",
+    "def add(a, b):",
+    "Summarise: the cat sat on the mat and slept.",
+)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How a merged model answers compared with the adapted one.
+
+    gap: the largest change of a logit; spread: the standard deviation of the logits; same: prompts whose greedy
+    answer is the same in every token; bound: the largest gap that passes, in units of the spread.
+    """
+
+    prompts: int
+    same: int
+    gap: float
+    spread: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Logits within the bound, and no more than one greedy answer in eight changed."""
+        return self.gap <= self.bound * self.spread and self.prompts - self.same <= self.prompts // 8
+
+    def __str__(self) -> str:
+        return (
+            f"parity on {self.prompts} prompts: max |dlogit| {self.gap:.2g} (bound {self.bound * self.spread:.2g}), "
+            f"same greedy tokens {self.same}/{self.prompts}"
+        )
+
+
+def merge_to_folder(
+    model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, say: Callable[[str], None] = print
+) -> Parity:
+    """Merge the active adapters of `model` (in fp32) and write it as a plain Hugging Face model in `dtype`.
+
+    Raises:
+        UsageError: the folder is not empty.
+        MergeError: the merged model answers differently beyond the bound, or cannot be merged; nothing is written.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder}: is not empty; name another folder")
+    prompts = [_encode(text, tokenizer) for text in PROBES]
+    answers = generate_batch(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    expected = [_logits(model, row, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+    merged = model.merge_and_unload()
+    with torch.no_grad():
+        for tensor in (*merged.parameters(), *merged.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(dtype))  # what is compared is what is written
+    found = [_logits(merged, row, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+    parity = _compare(expected, found, BOUNDS[dtype])
+    say(str(parity))
+    if not parity.passed:
+        raise MergeError(
+            f"merge refused: the merged model does not answer as the adapted one ({parity}); nothing was written. "
+            "Merge with --dtype float32, or serve the adapter beside its base"
+        )
+    _write(merged.to(dtype), tokenizer, folder)
+    return parity
+
+
+def _encode(text: str, tokenizer: Any) -> list[int]:
+    if tokenizer.chat_template:
+        return encode_prompt([{"role": "user", "content": text}], tokenizer)
+    return encode_text(text, tokenizer)
+
+
+@torch.no_grad()
+def _logits(model: Any, row: list[int], prompt: int) -> Tensor:
+    """The logits (T, V) from the last token of the prompt on: those that choose the answer."""
+    ids = torch.tensor([row], device=model.device)
+    return model(ids).logits[0, prompt - 1 :].float()
+
+
+def _compare(expected: list[Tensor], found: list[Tensor], bound: float) -> Parity:
+    pairs = list(zip(expected, found, strict=True))
+    same = sum(torch.equal(a.argmax(-1), b.argmax(-1)) for a, b in pairs)
+    gap = max((a - b).abs().max().item() for a, b in pairs)
+    return Parity(len(pairs), same, gap, torch.cat(expected).std().item(), bound)
+
+
+def _write(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the model, its tokenizer with the chat template, and the tokens that end an answer; all or nothing."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    generation = copy.deepcopy(model.generation_config)
+    generation.eos_token_id = sorted(stop_token_ids(model, tokenizer)) or None
+    model.generation_config = generation
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if folder.exists():
+        folder.rmdir()
+    os.replace(partial, folder)

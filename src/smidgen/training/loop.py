@@ -1,0 +1,331 @@
+"""The training loop: updates of a model from rows of tokens.
+
+One update takes `batch_size` rows, cut into micro-batches by their tokens. Its loss is the mean over the update's
+values (`losses.reduce`), so neither the cut nor the number of processes changes the gradient. The order of the rows,
+the learning rate and the position in the data follow from the seed and the step; the rest of the state is in a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from smidgen.data.packing import Batch, epoch_plan
+from smidgen.data.rows import TokenRows
+from smidgen.errors import DataError, TrainingStopped
+from smidgen.losses.reduce import mean_share
+from smidgen.recipe import TrainRecipe
+from smidgen.training import checkpoint
+from smidgen.training.guards import BAD_UPDATES_IN_A_ROW, GradientGuard, Interrupted, first_bad_module
+from smidgen.training.objectives import Collating, Objective
+from smidgen.training.optimizers import learning_rate, make_optimizer, updates_of
+from smidgen.training.progress import Progress
+
+
+@dataclass
+class Window:
+    """What happened since the last logged step: the sums of losses and of the tokens they were averaged over."""
+
+    loss: float = 0.0
+    count: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Loop:
+    """Trains the parameters of `model` that need a gradient.
+
+    Args:
+        model: on its device; it is trained in place.
+        rows, held_out: what it learns from and what its loss is measured on.
+        how: how rows become micro-batches.
+        folder: the run folder: ``log.jsonl`` and ``checkpoints/`` go there.
+        state: what every checkpoint carries besides the loop's own state.
+        autocast: the dtype of the arithmetic where the trained parameters are kept in a wider one; None: their own.
+        learners: the tensors that are meant to learn, by name; None: those that need a gradient.
+    """
+
+    model: nn.Module
+    objective: Objective
+    rows: TokenRows
+    held_out: TokenRows | None
+    train: TrainRecipe
+    how: Collating
+    seed: int
+    folder: Path
+    accelerator: Accelerator
+    state: Mapping[str, Any] = field(default_factory=dict)
+    autocast: torch.dtype | None = None
+    learners: Mapping[str, nn.Parameter] | None = None
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = GradientGuard(self.learners or checkpoint.trainable(self.model))
+        if not self.rows.supervised_counts.sum():
+            raise DataError(f"0 supervised tokens in {len(self.rows):,} rows: there is nothing to learn from")
+        self.parameters = checkpoint.trainable(self.model)
+        self.lengths = self.rows.lengths
+        self.optimizer = make_optimizer(self.parameters.items(), self.train)
+        halves = [p.dtype for p in self.model.parameters()].count(torch.float16) or self.autocast == torch.float16
+        # Small gradients vanish in float16, so the loss is scaled up; AdamW does not see it.
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=bool(halves))
+        self.updates_per_epoch = math.ceil(len(self.rows) / self.train.batch_size)
+        self.total = updates_of(self.train, len(self.rows))
+        self.window, self.bad, self.last_good = Window(), 0, 0
+        self._asked_to_stop = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def resume(self, found: checkpoint.Checkpoint) -> None:
+        """Go on from a checkpoint: everything is put back, and what was logged after it is forgotten."""
+        found.restore(self.model, self.optimizer)
+        self.step = self.last_good = found.step
+        self.window = Window(**found.state["window"])
+        self.scaler.load_state_dict(found.state["scaler"])
+        log = self.folder / "log.jsonl"
+        kept = [line for line in read_log(self.folder) if line["step"] <= self.step]
+        log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def fit(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            Interrupted: the user pressed Ctrl-C; a checkpoint was written.
+            TrainingStopped: a guard stopped the run.
+        """
+        with Progress(self.total, self.step, self.device) as self.progress, self._catching_signals():
+            self.model.train()
+            while self.step < self.total:
+                self._update(self._rows_of(self.step))
+                if self.train.save_steps and (self.step % self.train.save_steps == 0 or self.step == self.total):
+                    self.save()
+                if self._asked_to_stop:
+                    folder = self.save()
+                    raise Interrupted(
+                        f"stopped at step {self.step} of {self.total}; {folder} is kept. Go on with: --resume"
+                    )
+        self.model.eval()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present state."""
+        state = {**self.state, "window": vars(self.window), "scaler": self.scaler.state_dict()}
+        folder = self.folder / "checkpoints"
+        if self.accelerator.is_main_process:
+            checkpoint.save(folder, self.step, self.model, self.optimizer, state, self.train.save_total_limit)
+        self.accelerator.wait_for_everyone()
+        return folder / f"step-{self.step}"
+
+    def evaluate(self) -> float:
+        """The loss per supervised token of the held-out rows."""
+        assert self.held_out is not None
+        return evaluate(self.model, self.objective, self.held_out, self.how, self.accelerator, self.autocast)
+
+    # ---- one update ----
+
+    def _rows_of(self, step: int) -> list[int]:
+        epoch, index = divmod(step, self.updates_per_epoch)
+        return self._plan(epoch)[index]
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        if getattr(self, "_planned", None) is None or self._planned[0] != epoch:
+            grouped = not self.how.packing  # packed rows need not be alike
+            self._planned = (
+                epoch,
+                epoch_plan(self.lengths, self.train.batch_size, seed=self.seed, epoch=epoch, grouped=grouped),
+            )
+        return self._planned[1]
+
+    def _micro_batches(self, update: Sequence[int]) -> list[Batch]:
+        """The micro-batches of an update that this process computes."""
+        return list(_batches(self.objective, self.rows, update, self.how, self.accelerator, self.device))
+
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            self.objective.prepare(self.model, batch)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.objective.loss(self.model, batch)
+
+    def _update(self, update: list[int]) -> None:
+        begun = time.perf_counter()
+        batches = self._micro_batches(update)
+        count = self._sum(sum(self.objective.count(batch) for batch in batches))
+        loss = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad()
+        for batch in batches:
+            values, _ = self._loss(batch)
+            share = mean_share(values, count)
+            self.scaler.scale(share).backward()
+            loss += share.detach()
+        self._sum_gradients()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.train.max_grad_norm)
+        loss_value, norm_value = self.accelerator.reduce(loss).item(), norm.item()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            self.scaler.update()
+            self._skip(update, "loss" if not math.isfinite(loss_value) else "gradient")
+            return
+        self.guard.check()
+        rate = learning_rate(self.train, self.step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.bad, self.last_good = 0, self.step
+        tokens = int(self.lengths[update].sum())
+        self.window.loss += loss_value * count
+        self.window.count += count
+        self.window.tokens += tokens
+        self.window.seconds += time.perf_counter() - begun
+        self._tell(rate, norm_value)
+
+    def _sum(self, number: int) -> int:
+        return int(self.accelerator.reduce(torch.tensor(number, device=self.device)).item())
+
+    def _sum_gradients(self) -> None:
+        """Add up the gradients of all processes; each has the share of its own rows in the mean over the update."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.parameters.values():
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(grad)
+
+    def _tell(self, rate: float, norm: float) -> None:
+        """Show the step; log it when it is due, with the held-out loss when that is due."""
+        window, last = self.window, self.step == self.total
+        speed = window.tokens / window.seconds
+        self.progress.step(self.step, speed)
+        due = bool(self.train.eval_steps) and self.step % (self.train.eval_steps or 1) == 0
+        evaluated = self.held_out is not None and (due or last)
+        if not (evaluated or last or self.step % self.train.logging_steps == 0):
+            return
+        line = {"step": self.step, "loss": window.loss / max(1, window.count), "lr": rate, "grad_norm": norm}
+        line["tokens_per_second"] = round(speed, 1)
+        text = f"{self.progress.state(self.step, speed)}  loss {line['loss']:.4f}  lr {rate:.2e}  norm {norm:.2f}"
+        if evaluated:
+            line["eval_loss"] = self.evaluate()
+            text += f"  held-out {line['eval_loss']:.4f}"
+        self.window = Window()
+        if self.accelerator.is_main_process:
+            self.progress.say(text)
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+        self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.step)
+
+    # ---- when something is wrong ----
+
+    def _skip(self, update: list[int], what: str) -> None:
+        """Leave out an update whose loss or gradient is not finite; name the rows and the module it came from."""
+        self.bad += 1
+        self.step += 1
+        rows, module = self._blame(update)
+        named = ", ".join(self.rows[index].where for index in rows) or "no single row; only together"
+        self.optimizer.zero_grad()
+        told = f"step {self.step}: non-finite {what} (first: {module}); rows {named}; "
+        told += f"skipped ({self.bad}/{BAD_UPDATES_IN_A_ROW})"
+        self.progress.say(told)
+        if self.bad == BAD_UPDATES_IN_A_ROW:
+            self.step = self.last_good
+            kept = f"last good checkpoint: {self.save()}" if self.step else "no update was good, so nothing is kept"
+            raise TrainingStopped(f"{told}\nstopped after {self.bad} bad updates in a row; {kept}")
+
+    def _blame(self, update: list[int]) -> tuple[list[int], str]:
+        """Run each row of an update alone; answer those that are not finite, and the first bad module."""
+        bad, module = [], ""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            for index in update:
+                (batch,) = self.objective.collate(self.rows, [index], self.how)
+                batch = batch.to(self.device)
+                self.optimizer.zero_grad()
+                loss = self._loss(batch)[0].sum()
+                loss.backward()
+                grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+                if not (loss.isfinite() and all(grad.isfinite().all() for grad in grads)):
+                    bad.append(index)
+                    module = module or first_bad_module(self.model, lambda batch=batch: self._loss(batch)[0].sum())
+        return bad, module
+
+    @contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        """Let the first Ctrl-C (or a scheduler's SIGTERM) end the run after the update; the second ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, frame: object) -> None:
+            self._asked_to_stop = True
+            signal.signal(number, before[number])
+            self.progress.say("finishing this update, then saving; press Ctrl-C again to stop at once without saving")
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    objective: Objective,
+    rows: TokenRows,
+    how: Collating,
+    accelerator: Accelerator,
+    autocast: torch.dtype | None = None,
+) -> float:
+    """The loss per value (for language modelling: per supervised token) of all `rows`; no logits are kept."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    order = np.argsort(rows.lengths, kind="stable").tolist()
+    chunk = 256  # rows: few enough to hold their micro-batches, enough to fill them
+    for start in range(0, len(order), chunk):
+        for batch in _batches(objective, rows, order[start : start + chunk], how, accelerator, device):
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                objective.prepare(model, batch)
+                values, _ = objective.loss(model, batch)
+            total += values.sum().item()
+            count += len(values)
+    model.train(was_training)
+    both = torch.tensor([total, count], dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    total, count = accelerator.reduce(both).tolist()
+    return total / count
+
+
+def _batches(
+    objective: Objective,
+    rows: TokenRows,
+    indices: Sequence[int],
+    how: Collating,
+    accelerator: Accelerator,
+    device: torch.device,
+) -> Iterator[Batch]:
+    mine = indices[accelerator.process_index :: accelerator.num_processes]
+    for batch in objective.collate(rows, mine, how) if mine else []:
+        yield batch.to(device)
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's ``log.jsonl``; none if it has no log yet."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -1,0 +1,255 @@
+"""A recipe becomes a run: a folder with the trained adapter or model, the log, the proof and a report.
+
+    recipe.yaml        the recipe with every default written out
+    environment.json   versions, machine, dtype
+    log.jsonl          one line for each logged step
+    checkpoints/       step-N, see `training.checkpoint`
+    adapter/ or model/ what was trained, with the tokenizer, its chat template and the stop tokens
+    proof.json         what was checked at the end, with numbers, and samples
+
+`smidgen train` adds ``report.html``, the same for people (`evaluation.report`).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from smidgen.errors import UsageError
+from smidgen.models.fingerprint import fingerprint
+from smidgen.models.load import stop_token_ids
+from smidgen.recipe import Recipe, difference, load_recipe, recipe_hash
+from smidgen.training import checkpoint, proof
+from smidgen.training.guards import check_disk, check_finite
+from smidgen.training.loop import Loop
+from smidgen.training.optimizers import updates_of
+from smidgen.training.setup import Say, Setup, make_trainable, plan, prepare
+
+PARTS = (
+    "recipe.yaml",
+    "environment.json",
+    "log.jsonl",
+    "checkpoints",
+    "adapter",
+    "model",
+    "proof.json",
+    "report.html",
+    "trackers",
+)
+PACKAGES = ("smidgen", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy")
+# Changing these changes nothing that is learned, so a run may be resumed with other values.
+FREE_ON_RESUME = (
+    "output",
+    *(f"train.{name}" for name in ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to")),
+)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    init_adapter: Path | None = None,
+    say: Say = print,
+) -> proof.Proof:
+    """Carry out a recipe and answer the proof, which is also in the run folder.
+
+    Args:
+        resume: go on from the newest checkpoint in the run folder.
+        overwrite: replace the run that is in the folder.
+        init_adapter: folder of an adapter to train further, instead of a new one of the recipe's.
+
+    Raises:
+        UsageError: nothing was started; the message says what to change.
+        TrainingStopped: a guard, or the user, stopped the run.
+    """
+    folder = Path(recipe.output)
+    found = _open_folder(folder, recipe, resume, overwrite)
+    if found and not init_adapter and found.state["init_adapter"]:
+        init_adapter = Path(found.state["init_adapter"])
+    accelerator = _accelerator(recipe, folder)
+    if not accelerator.is_main_process:
+        say = _silent
+    set_seed(recipe.seed)
+    setup = prepare(recipe, init_adapter, say, accelerator.device)
+    base = fingerprint(setup.model)
+    before = proof.measure(setup, accelerator) if setup.trains_base else None
+    make_trainable(setup, say)
+    plan(setup, say)
+    start = proof.snapshot(setup.learners)
+    loop = _loop(setup, folder, accelerator)
+    if found and found.state["data"] != loop.state["data"]:
+        raise UsageError(f"cannot resume: the training data changed since {found.folder} was written")
+    _check_space(setup, folder)
+    if accelerator.is_main_process:
+        _write_beginnings(setup, folder)
+    if found:
+        loop.resume(found)
+        say(f"resumed from {found.folder}: step {found.step} of {loop.total}")
+    loop.fit()
+    accelerator.end_training()
+
+    _narrow(setup)
+    saved = folder / ("model" if setup.trains_base else "adapter")
+    if accelerator.is_main_process:
+        _save(setup, saved)
+    accelerator.wait_for_everyone()
+    after = proof.measure(setup, accelerator)
+    if before is None:
+        with setup.model.disable_adapter():
+            before = proof.measure(setup, accelerator)
+    checks = [proof.check_loss(setup, before.loss, after.loss), proof.check_moved(setup, start)]
+    if not setup.trains_base:
+        checks.append(proof.check_base(base, fingerprint(setup.model)))
+    checks.append(proof.check_reload(setup, saved))
+    result = proof.Proof(checks, proof.samples_of(setup, before, after))
+    if accelerator.is_main_process:
+        result.write(folder / "proof.json")
+    for line in (*result.lines(), f"saved: {saved}"):
+        say(line)
+    return result
+
+
+# ---- the run folder ----
+
+
+def _open_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> checkpoint.Checkpoint | None:
+    """Make sure that the folder may be written to; answer the checkpoint to go on from, if that was asked for."""
+    if resume:
+        found = checkpoint.latest(folder / "checkpoints")
+        if found is None:
+            raise UsageError(f"{folder}: no checkpoint to resume from; leave out --resume, or set train.save_steps")
+        _check_same(folder, recipe, found)
+        return found
+    if folder.exists() and any(folder.iterdir()):
+        foreign = sorted(path.name for path in folder.iterdir() if path.name not in PARTS)
+        if foreign or not overwrite:
+            remedy = (
+                f"it holds more than a run ({', '.join(foreign[:3])}); name another folder: output=FOLDER"
+                if foreign
+                else "go on with it by --resume, replace it by --overwrite, or name another folder: output=FOLDER"
+            )
+            raise UsageError(f"{folder}: is not empty; {remedy}")
+        shutil.rmtree(folder)
+    return None
+
+
+def _check_same(folder: Path, recipe: Recipe, found: checkpoint.Checkpoint) -> None:
+    old, _ = load_recipe(folder / "recipe.yaml")
+    changed = [
+        line for line in difference(old, recipe) if not line.startswith(tuple(f"{name}:" for name in FREE_ON_RESUME))
+    ]
+    if changed:
+        raise UsageError(
+            f"cannot resume from step {found.step}, the recipe changed:\n  " + "\n  ".join(changed) + "\n"
+            "Put it back, or start a new run from trained weights: --init-adapter FOLDER output=OTHER"
+        )
+
+
+def _write_beginnings(setup: Setup, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(setup.recipe.to_yaml(), encoding="utf-8")
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "device": str(setup.model.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(proof.base_dtype(setup.model)).removeprefix("torch."),
+    }
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            environment[package] = importlib.metadata.version(package)
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
+
+
+def _check_space(setup: Setup, folder: Path) -> None:
+    """The checkpoints that are kept, one more while it is written, and the result, must fit on the disk."""
+    train = setup.recipe.train
+    total = updates_of(train, len(setup.data.train))
+    written = total // train.save_steps if train.save_steps else 0
+    kept = min(written, train.save_total_limit or written) + 1
+    result = sum(
+        p.numel() * p.element_size()
+        for p in (setup.model if setup.trains_base else nn.ParameterList(setup.learners.values())).parameters()
+    )
+    check_disk(folder, kept * checkpoint.size(setup.model) + result)
+
+
+def _loop(setup: Setup, folder: Path, accelerator: Accelerator) -> Loop:
+    digests = setup.data.train.digest[setup.data.train.order]
+    state = {
+        "recipe_hash": recipe_hash(setup.recipe),
+        "recipe": setup.recipe.to_dict(),
+        "data": hashlib.sha256(digests.tobytes()).hexdigest(),
+        "init_adapter": str(setup.init_adapter) if setup.init_adapter else None,
+    }
+    return Loop(
+        model=setup.model,
+        objective=setup.objective,
+        rows=setup.data.train,
+        held_out=setup.data.eval,
+        train=setup.recipe.train,
+        how=setup.how,
+        seed=setup.recipe.seed,
+        folder=folder,
+        accelerator=accelerator,
+        state=state,
+        autocast=setup.autocast,
+        learners=setup.learners,
+    )
+
+
+def _narrow(setup: Setup) -> None:
+    """Round base parameters trained in float32 to the model's own dtype, once: what is proved is what is saved."""
+    if setup.autocast:
+        for parameter in setup.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(setup.autocast)
+        setup.autocast = None
+
+
+def _save(setup: Setup, folder: Path) -> None:
+    """Write what was trained, with everything that is needed to use it; the folder appears complete."""
+    check_finite(setup.learners.items())
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    setup.model.save_pretrained(partial)
+    tokenizer = copy.deepcopy(setup.tokenizer)
+    tokenizer.chat_template = setup.data.template or tokenizer.chat_template
+    tokenizer.save_pretrained(partial)
+    generation = copy.deepcopy(setup.model.generation_config)
+    generation.eos_token_id = sorted(stop_token_ids(setup.model, setup.tokenizer))
+    generation.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+# ---- accelerate ----
+
+
+def _accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    try:
+        accelerator = Accelerator(log_with=recipe.train.report_to or None, project_dir=folder / "trackers")
+        if recipe.train.report_to:
+            settings = {key: str(value) for key, value in vars(recipe.train).items()}
+            accelerator.init_trackers("smidgen", config=settings)
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"train.report_to: {error}") from error
+    return accelerator
+
+
+def _silent(line: str) -> None:
+    """What other processes than the first say."""

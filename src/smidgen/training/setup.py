@@ -1,0 +1,154 @@
+"""From a recipe to what a run needs: the model with what is trained in it, the rows, and a forecast.
+
+`smidgen check` ends here; `smidgen train` goes on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from smidgen.adapters.attach import adapters_of
+from smidgen.data.prepare import Prepared, prepare_data
+from smidgen.errors import DataError, UsageError
+from smidgen.models.load import load_model, stop_token_ids
+from smidgen.models.peft_model import PeftModel, get_peft_model
+from smidgen.models.resolve import cache_folder, resolve_model
+from smidgen.models.scores import keeps_rows_apart
+from smidgen.recipe import Recipe, adapter_config
+from smidgen.registry import METHODS
+from smidgen.training.objectives import OBJECTIVES, Collating, Objective
+from smidgen.training.optimizers import updates_of
+from smidgen.training.plan import PREFERRED_TOKENS, Forecast, choose_budget, forecast, probe
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Setup:
+    """A run that is ready to begin.
+
+    base: the folder of the base model.
+    how: how rows become micro-batches.
+    init_adapter: the folder of an adapter that is trained further, instead of the recipe's.
+    autocast: the dtype of the arithmetic where trained parameters of the base are kept in float32; else None.
+    """
+
+    recipe: Recipe
+    base: Path
+    model: Any
+    tokenizer: Any
+    data: Prepared
+    objective: Objective
+    how: Collating
+    init_adapter: Path | None = None
+    autocast: torch.dtype | None = None
+
+    @property
+    def method(self) -> Any:
+        """The class of the method that the recipe names."""
+        return METHODS[self.recipe.adapter["method"]].load()
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether parameters of the base model are trained, and no adapter."""
+        return hasattr(self.method, "select") and not self.init_adapter
+
+    @property
+    def learners(self) -> dict[str, nn.Parameter]:
+        """The tensors that are meant to learn, by name: also those of an adapter that do not need a gradient."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad or ".adapters." in name}
+
+
+def prepare(recipe: Recipe, init_adapter: Path | None, say: Say, device: torch.device | None = None) -> Setup:
+    """Load the base model and make the rows; nothing is trainable yet.
+
+    Raises:
+        UsageError: whatever is wrong with the model or the data.
+    """
+    base = resolve_model(recipe.model, say=say)
+    model, tokenizer = load_model(base, recipe.train.dtype, device=device, say=say)
+    data = prepare_data(
+        recipe.data,
+        tokenizer,
+        objective=recipe.objective,
+        seed=recipe.seed,
+        cache_dir=cache_folder() / "tokens",
+        stop_ids=stop_token_ids(model, tokenizer),
+        progress=say,
+    )
+    for line in data.report.lines():
+        say(line)
+    packing = bool(recipe.data.packing)
+    if packing and not keeps_rows_apart(model):
+        raise DataError("data.packing: this model mixes rows that share a sequence; write 'packing: false'")
+    reason = (
+        "as asked" if recipe.data.packing is not None else "padding between rows of like length is little, see docs"
+    )
+    say(f"packing: {'on' if packing else 'off'} ({reason})")
+    preferred = recipe.train.micro_batch_tokens or PREFERRED_TOKENS[model.device.type]
+    how = Collating(max(preferred, int(data.train.lengths.max())), packing, tokenizer.pad_token_id)
+    return Setup(recipe, base, model, tokenizer, data, OBJECTIVES[recipe.objective](), how, init_adapter)
+
+
+def make_trainable(setup: Setup, say: Say) -> None:
+    """Attach the recipe's adapter, or the one of a folder, or free the base parameters that the method names."""
+    model, recipe = setup.model, setup.recipe
+    model.requires_grad_(False)
+    if setup.trains_base:
+        chosen = set(setup.method.select(model, adapter_config(recipe.adapter)))
+        for name, parameter in model.named_parameters():
+            if name in chosen:
+                if parameter.dtype != torch.float32:
+                    # Small steps vanish in 16 bits: what is trained is kept in float32, the arithmetic stays as it was.
+                    setup.autocast = parameter.dtype
+                    parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+    else:
+        if setup.init_adapter:
+            PeftModel.from_pretrained(model, setup.init_adapter, is_trainable=True)
+            say(f"adapter: taken from {setup.init_adapter}, and trained further")
+        else:
+            get_peft_model(model, adapter_config(recipe.adapter))
+        counts = Counter(path.rpartition(".")[2] for path, _ in adapters_of(model, model.active_adapter))
+        say(f"targets: {', '.join(f'{name} {count}' for name, count in counts.items())}")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    say(f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)")
+    if recipe.train.gradient_checkpointing:
+        # Not reentrant: it needs no gradient at the inputs, which a frozen base does not have.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # it has a newer name, not yet in 5.0
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def plan(setup: Setup, say: Say) -> Forecast:
+    """Forecast memory and time, choose how much is computed at once where the recipe does not say, and tell both.
+
+    Raises:
+        UsageError: nothing is trainable.
+    """
+    if not any(parameter.requires_grad for parameter in setup.model.parameters()):
+        raise UsageError("0 trainable parameters: nothing would be learned")
+    train, rows = setup.recipe.train, setup.data.train
+    updates = updates_of(train, len(rows))
+    taken = probe(setup.model, setup.objective, rows, setup.how, setup.autocast)
+    if train.micro_batch_tokens is None:
+        setup.how = choose_budget(setup.model, taken, rows, setup.how, train.batch_size, updates)
+    found = forecast(setup.model, taken, rows, setup.how, train.batch_size, updates)
+    say(f"updates: {updates:,} of {train.batch_size} rows")
+    for line in found.lines():
+        say(line)
+    if not found.fits:
+        smaller = replace(setup, how=choose_budget(setup.model, taken, rows, setup.how, train.batch_size, updates)).how
+        if forecast(setup.model, taken, rows, smaller, train.batch_size, updates).fits:
+            say(f"smallest change that fits: train.micro_batch_tokens={smaller.token_budget}")
+        else:
+            say("it may fit with train.gradient_checkpointing=true, a smaller data.max_length or a smaller model")
+    return found
