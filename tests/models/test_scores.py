@@ -82,6 +82,7 @@ def test_a_model_that_mixes_packed_rows_is_found_out():
         def __init__(self, inner):
             super().__init__()
             self.inner = inner
+            self.get_input_embeddings = inner.get_input_embeddings
 
         def forward(self, input_ids, position_ids=None, use_cache=None, logits_to_keep=0):
             return self.inner(input_ids=input_ids, logits_to_keep=logits_to_keep)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smidgen.adapters.base import Adapter, Place, base_modules
+from smidgen.adapters.base import Adapter, Place, base_modules, in_adapter
 from smidgen.adapters.layers import Layer, layer_of
 from smidgen.adapters.trained import Mirror
 from smidgen.errors import MergeError, TargetError, UsageError
@@ -109,9 +109,7 @@ class Below:
 def fold(module: Any, names: list[str]) -> dict[str, Tensor]:
     """The module's tensors by name with the adapters `names` merged into them, lowest first."""
     tensors: dict[str, Tensor] = {
-        name: tensor
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        if ".adapters." not in f".{name}"
+        name: tensor for name, tensor in [*module.named_parameters(), *module.named_buffers()] if not in_adapter(name)
     }
     for name in names:
         tensors = module.adapters[name].merged(tensors)

@@ -150,6 +150,11 @@ class OnModel(Adapter):
         return name
 
 
+def in_adapter(name: str) -> bool:
+    """Whether the parameter or buffer called `name` belongs to an adapter and not to the base model."""
+    return ".adapters." in f".{name}"
+
+
 def base_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """The model's own modules by path, without those of attached adapters."""
     skipped: set[nn.Module] = set()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smidgen.adapters.base import Adapter, Inner, Place, WeightAdapter, base_modules
+from smidgen.adapters.base import Adapter, Inner, Place, WeightAdapter, base_modules, in_adapter
 from smidgen.adapters.config import TASK_HEADS
 from smidgen.adapters.layers import EmbeddingLayer, layer_of
 from smidgen.adapters.targets import ends_with, find_named
@@ -119,7 +119,7 @@ def plan_trained(model: nn.Module, config: Any, targets: list[str]) -> Iterator[
     names += [head for head in heads if head not in names and any(ends_with(path, head) for path in present)]
     copied = find_named(model, names, "modules_to_save", at_dot=False) if names else []
     for path in copied:
-        own = [name for name, _ in model.get_submodule(path).named_parameters() if ".adapters." not in f".{name}"]
+        own = [name for name, _ in model.get_submodule(path).named_parameters() if not in_adapter(name)]
         if not own:
             raise TargetError(f"modules_to_save: '{path}' has no parameters")
         yield Place(path, TrainedCopy, own)

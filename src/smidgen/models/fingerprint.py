@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import nn
 
+from smidgen.adapters.base import in_adapter
+
 _SAMPLES = 32  # values taken at each of three places of a tensor
 
 
@@ -20,7 +22,7 @@ def fingerprint(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     fields = ("model_type", "num_attention_heads", "num_key_value_heads")
     digest = hashlib.sha256(repr([getattr(config, field, None) for field in fields]).encode())
-    base = sorted((name, p) for name, p in model.named_parameters() if ".adapters." not in name)
+    base = sorted((name, p) for name, p in model.named_parameters() if not in_adapter(name))
     samples = []
     for name, parameter in base:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())

@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from smidgen.adapters import attach
 from smidgen.adapters.attach import BASE, MadeInPlace, State, class_with, class_without
-from smidgen.adapters.base import Adapter
+from smidgen.adapters.base import Adapter, in_adapter
 from smidgen.adapters.config import PeftConfig
 from smidgen.adapters.files import (
     HUB_OPTIONS,
@@ -400,7 +400,7 @@ def _adaptable(model: Any) -> Any:
 
 def _freeze_base(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if ".adapters." not in f".{name}":
+        if not in_adapter(name):
             parameter.requires_grad_(False)
 
 

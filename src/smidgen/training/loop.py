@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -165,7 +165,8 @@ class Loop:
     def _update(self, update: list[int]) -> None:
         begun = time.perf_counter()
         batches = self._micro_batches(update)
-        count = self._sum(sum(self.objective.count(batch) for batch in batches))
+        mine = sum(self.objective.count(batch) for batch in batches)
+        count = int(self._sum(torch.tensor(mine, device=self.device)).item())
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
         for batch in batches:
@@ -176,7 +177,7 @@ class Loop:
         self._sum_gradients()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.train.max_grad_norm)
-        loss_value, norm_value = self.accelerator.reduce(loss).item(), norm.item()
+        loss_value, norm_value = self._sum(loss).item(), norm.item()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             self.scaler.update()
             self._skip(update, "loss" if not math.isfinite(loss_value) else "gradient")
@@ -196,15 +197,15 @@ class Loop:
         self.window.seconds += time.perf_counter() - begun
         self._tell(rate, norm_value)
 
-    def _sum(self, number: int) -> int:
-        return int(self.accelerator.reduce(torch.tensor(number, device=self.device)).item())
+    def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.accelerator.reduce(tensor))  # over all processes
 
     def _sum_gradients(self) -> None:
         """Add up the gradients of all processes; each has the share of its own rows in the mean over the update."""
         if self.accelerator.num_processes > 1:
             for parameter in self.parameters.values():
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(grad)
+                parameter.grad = self._sum(grad)
 
     def _tell(self, rate: float, norm: float) -> None:
         """Show the step; log it when it is due, with the held-out loss when that is due."""
@@ -271,7 +272,7 @@ class Loop:
 
         def ask(number: int, frame: object) -> None:
             self._asked_to_stop = True
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.Signals(number)])
             self.progress.say("finishing this update, then saving; press Ctrl-C again to stop at once without saving")
 
         for number in before:
@@ -308,7 +309,7 @@ def evaluate(
             count += len(values)
     model.train(was_training)
     both = torch.tensor([total, count], dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    total, count = accelerator.reduce(both).tolist()
+    total, count = cast(torch.Tensor, accelerator.reduce(both)).tolist()
     return total / count
 
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from smidgen.data.rows import TokenRows
+from smidgen.models.scores import vocabulary_size
 from smidgen.training.objectives import Collating, Objective
 
 PROBE_TOKENS = 512
@@ -85,7 +86,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, vocabulary: int):
         super().__init__()
         self._vocabulary = vocabulary
-        self._seen = WeakIdKeyDictionary(ref_type=weakref.ref)
+        self._seen = WeakIdKeyDictionary(ref_type=weakref.ref)  # type: ignore[arg-type]
         self._now = [0, 0]
         self.peak = (0, 0)
 
@@ -136,7 +137,7 @@ def probe(
     was_training = model.training
     model.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with LiveBytes(model.get_input_embeddings().num_embeddings) as live:
+        with LiveBytes(vocabulary_size(model)) as live:
             run()
         seconds = run()
     model.train(was_training)

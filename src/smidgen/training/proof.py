@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from smidgen.adapters.attach import adapted_modules, fold_in_float32
+from smidgen.adapters.base import in_adapter
 from smidgen.data.rows import TokenRow, TokenRows
 from smidgen.models.generate import generate_batch
 from smidgen.models.load import stop_token_ids
@@ -184,7 +185,7 @@ def check_reload(setup: Setup, saved: Path) -> Check:
 
 def base_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the base model's parameters; adapters do not count."""
-    return next(p.dtype for name, p in model.named_parameters() if ".adapters." not in name and p.is_floating_point())
+    return next(p.dtype for name, p in model.named_parameters() if not in_adapter(name) and p.is_floating_point())
 
 
 # ---- rows and texts ----

@@ -242,7 +242,7 @@ def _save(setup: Setup, folder: Path) -> None:
 
 def _accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     try:
-        accelerator = Accelerator(log_with=recipe.train.report_to or None, project_dir=folder / "trackers")
+        accelerator = Accelerator(log_with=[*recipe.train.report_to] or None, project_dir=folder / "trackers")
         if recipe.train.report_to:
             settings = {key: str(value) for key, value in vars(recipe.train).items()}
             accelerator.init_trackers("smidgen", config=settings)

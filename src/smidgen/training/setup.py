@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from smidgen.adapters.attach import adapters_of
+from smidgen.adapters.base import in_adapter
 from smidgen.data.prepare import Prepared, prepare_data
 from smidgen.errors import DataError, UsageError
 from smidgen.models.load import load_model, stop_token_ids
@@ -64,7 +65,7 @@ class Setup:
     @property
     def learners(self) -> dict[str, nn.Parameter]:
         """The tensors that are meant to learn, by name: also those of an adapter that do not need a gradient."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad or ".adapters." in name}
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad or in_adapter(name)}
 
 
 def prepare(recipe: Recipe, init_adapter: Path | None, say: Say, device: torch.device | None = None) -> Setup:
@@ -94,7 +95,7 @@ def prepare(recipe: Recipe, init_adapter: Path | None, say: Say, device: torch.d
     )
     say(f"packing: {'on' if packing else 'off'} ({reason})")
     preferred = recipe.train.micro_batch_tokens or PREFERRED_TOKENS[model.device.type]
-    how = Collating(max(preferred, int(data.train.lengths.max())), packing, tokenizer.pad_token_id)
+    how = Collating(max(preferred, int(data.train.lengths.max())), packing, cast(int, tokenizer.pad_token_id))
     return Setup(recipe, base, model, tokenizer, data, OBJECTIVES[recipe.objective](), how, init_adapter)
 
 
