@@ -18,7 +18,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from smidgen.data.formats import Example, convert_rows
-from smidgen.data.prepare import RowStore
+from smidgen.data.prepare import RowStore, no_garbage_collection
 from smidgen.data.read import read_rows
 from smidgen.data.templates import choose_template
 from smidgen.data.tokenise import Piece, Tokeniser
@@ -53,8 +53,9 @@ def main() -> None:
             tokenizer, template, stop_ids=stop_ids, learn_all=False, max_length=1024, on_long="truncate_prompt"
         )
         store = RowStore()
-        for pieces in tokeniser.pieces(examples):
-            store.add(0, [piece for piece in pieces if isinstance(piece, Piece)])
+        with no_garbage_collection():  # as in prepare_data
+            for pieces in tokeniser.pieces(examples):
+                store.add(0, [piece for piece in pieces if isinstance(piece, Piece)])
         store.rows([str(options.file)])
 
     times = [(timed(bare), timed(ours)) for _ in range(options.repeat)]

@@ -45,11 +45,13 @@ def test_line_of_trainable_parameters_equals_pefts(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == theirs
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["add_adapter", "load_adapter", "set_adapter", "delete_adapter", "disable_adapter", "save_pretrained", "get_base_model",
-     "merge_and_unload", "merge_adapter", "unmerge_adapter", "unload", "print_trainable_parameters"],
-)  # fmt: skip
+METHODS = (
+    "add_adapter load_adapter set_adapter delete_adapter disable_adapter save_pretrained get_base_model merge_and_unload "
+    "merge_adapter unmerge_adapter unload print_trainable_parameters"
+)
+
+
+@pytest.mark.parametrize("name", METHODS.split())
 def test_signatures_are_pefts(name: str) -> None:
     """transformers' models have methods of some of these names with other signatures: here peft's are met."""
     owner = peft.PeftModel if hasattr(peft.PeftModel, name) else peft.tuners.tuners_utils.BaseTuner

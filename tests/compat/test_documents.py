@@ -1,6 +1,6 @@
 """The LoRA code of the documents that describe the field runs with the import changed, and little else.
 
-The edits that each block needs stand in `EDITS`: the import, the model and data at hand, and what transformers 5 renamed.
+`EDITS` lists what each block needs: the import, the model and data at hand, and what transformers 5 renamed.
 """
 
 from __future__ import annotations

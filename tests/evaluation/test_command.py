@@ -43,8 +43,8 @@ def test_a_run_and_its_adapter_folder(run: Path, place: str, capsys: pytest.Capt
 
 
 def test_what_is_missing_is_told(run: Path):
-    with pytest.raises(UsageError, match=r"neither a run folder nor an adapter folder"):
+    with pytest.raises(UsageError, match="holds no adapter"):
         evaluate(run.parent)
     (run / "recipe.yaml").unlink()
     with pytest.raises(UsageError, match="--data FILE is needed"):
-        evaluate(run)
+        evaluate(run / "adapter")

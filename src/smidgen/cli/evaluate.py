@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from smidgen.errors import UsageError
-from smidgen.recipe import Source, load_recipe
+from smidgen.recipe import Source
 
 
 def evaluate(
@@ -21,23 +20,19 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows generated at once.")] = 64,
 ) -> None:
     """Answer held-out rows with the base and with the tuned model, and compare exact matches."""
-    adapter = run / "adapter" if (run / "adapter").is_dir() else run
-    if not (adapter / "adapter_config.json").is_file():
-        raise UsageError(f"{run}: neither a run folder nor an adapter folder: no adapter_config.json in {adapter}")
-    written = adapter.parent / "recipe.yaml"
-    recipe = load_recipe(written)[0] if written.is_file() else None
+    from smidgen.evaluation.compare import choose_few_shot, compare, read_examples
+    from smidgen.models.open import find, open_model
+
+    place = find(run)
+    if place.adapter is None:
+        raise UsageError(f"{run}: holds no adapter, so there is no base to compare with")
+    recipe = place.recipe
     source = _source(data, recipe.data.eval if recipe else None, "--data")
-    shots_source = None
+    shots = []
     if few_shot:
         shots_source = _source(few_shot_data, recipe.data.train if recipe else None, "--few-shot-data")
-    base = recipe.model if recipe else _named_base(adapter / "adapter_config.json")
-
-    from smidgen.evaluation.compare import choose_few_shot, compare, read_examples
-    from smidgen.models.load import load_adapted
-    from smidgen.models.resolve import resolve_model
-
-    shots = choose_few_shot(shots_source, few_shot, seed=recipe.seed if recipe else 0) if shots_source else []
-    model, tokenizer = load_adapted(adapter, resolve_model(base), recipe.train.dtype if recipe else "auto")
+        shots = choose_few_shot(shots_source, few_shot, seed=recipe.seed if recipe else 0)
+    model, tokenizer = open_model(place)
     found = compare(
         model,
         tokenizer,
@@ -58,10 +53,3 @@ def _source(given: str | None, recipe: list[Source] | None, option: str) -> Sour
     if not recipe:
         raise UsageError(f"{option} FILE is needed: the run names no such file")
     return recipe[0]
-
-
-def _named_base(config: Path) -> str:
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise UsageError(f"{config}: names no base model (base_model_name_or_path)")
-    return base

@@ -42,7 +42,7 @@ def _show_adapter(folder: Path) -> None:
     told = {"peft_type", "base_model_name_or_path", "inference_mode", "target_modules"}
     chosen = {key: value for key, value in config.to_dict().items() if key not in told and value != defaults[key]}
     typer.echo(f"method: {config.peft_type.lower()}" + "".join(f", {key} {value}" for key, value in chosen.items()))
-    fingerprint = metadata.get("base_fingerprint", "not recorded")
+    fingerprint = metadata.get("base_fingerprint", "not recorded").partition("-")[0]
     typer.echo(f"base: {config.base_model_name_or_path or 'not named'} (fingerprint {fingerprint})")
     size = (folder / WEIGHTS_NAME).stat().st_size / 1e6
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))

@@ -6,10 +6,8 @@ well formed but useless (roles out of order, an empty answer) is left out and co
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -84,9 +82,8 @@ def _history(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _dolly(line: int, row: Mapping[str, Any]) -> Example:
-    return _exchange(
-        "", (), _join(text_of(row, "instruction"), optional_text(row, "context")), text_of(row, "response")
-    )
+    prompt = _join(text_of(row, "instruction"), optional_text(row, "context"))
+    return _exchange(line, "", (), prompt, text_of(row, "response"))
 
 
 def _pair(prompt: str, completion: str) -> Format:
@@ -212,29 +209,6 @@ def convert_rows(
     Raises:
         DataError: a line for each kind of mistake, naming the first row and counting the others.
     """
-    with _no_garbage_collection():
-        return _convert(path, rows, format, columns or {}, prefer_text)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Rows hold no cycles: looking for some in every new million of them takes a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _convert(
-    path: str,
-    rows: Iterator[tuple[int, Any]],
-    format: Format | None,
-    columns: Mapping[str, str],
-    prefer_text: bool,
-) -> FileRows:
     examples: list[Example] = []
     unusable, bad = Tally(), Tally()
     ignored: Counter[str] = Counter()

@@ -1,34 +1,63 @@
-"""What tells one base model from another, whatever its folder is called."""
+"""What tells one base model from another, whatever its folder is called and whatever dtype it is loaded in."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 
 import torch
 from torch import nn
 
 from smidgen.adapters.base import in_adapter
 
-_SAMPLES = 32  # values taken at each of three places of a tensor
+_FORM = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-(?:[0-9a-f]{4})+")
+_BLOCK = 32  # values hashed at each of three places of a tensor
+_SAMPLES = 4  # values of each tensor that the fingerprint itself holds
+_EQUAL_SHARE = 0.9  # of the samples that the same weights keep when they come by way of float16
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Answer a hash that tells base models apart: 32 hex digits.
+    """Answer what tells base models apart: a hash of the structure, a hash of weights, and samples of the weights.
 
-    Hashed are the kind of model, its head counts, and of each parameter the name, the shape and 96 values (the first,
-    middle and last 32) rounded to bfloat16; so float32 and bfloat16 copies of bfloat16 weights are the same model.
-    Adapters (`.adapters.` in the name) do not count. Full and freeze tuning change the base: hash it before training.
+    The structure is the kind of model, its head counts, and the name and shape of each parameter. Of each parameter 96
+    values (the first, middle and last 32) are rounded to bfloat16 and hashed, and 4 of them are kept as hexadecimal digits.
+    Adapters do not count. Full and freeze tuning change the base: take its fingerprint before training.
     """
     config = getattr(model, "config", None)
     fields = ("model_type", "num_attention_heads", "num_key_value_heads")
-    digest = hashlib.sha256(repr([getattr(config, field, None) for field in fields]).encode())
-    base = sorted((name, p) for name, p in model.named_parameters() if not in_adapter(name))
-    samples = []
-    for name, parameter in base:
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+    structure = hashlib.sha256(repr([getattr(config, field, None) for field in fields]).encode())
+    blocks, samples = [], []
+    for name, parameter in sorted((name, p) for name, p in model.named_parameters() if not in_adapter(name)):
+        structure.update(f"{name} {tuple(parameter.shape)}".encode())
         flat = parameter.detach().flatten()
-        middle = max(0, flat.numel() // 2 - _SAMPLES // 2)
-        samples += [part.to(torch.bfloat16) for part in (flat[:_SAMPLES], flat[middle:][:_SAMPLES], flat[-_SAMPLES:])]
-    if samples:
-        digest.update(torch.cat(samples).cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
+        middle = max(0, flat.numel() // 2 - _BLOCK // 2)
+        blocks += [part.to(torch.bfloat16) for part in (flat[:_BLOCK], flat[middle:][:_BLOCK], flat[-_BLOCK:])]
+        samples.append(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16))
+    weights = hashlib.sha256(_bytes(blocks)).hexdigest()
+    return f"{weights[:16]}-{structure.hexdigest()[:16]}-{_bytes(samples).hex()}"
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints are of one base model.
+
+    The same weights have the same fingerprint in float32 and bfloat16. By way of float16 some values are rounded
+    twice: then nine in ten samples must be equal and no other may be further than one step of bfloat16 away.
+    """
+    if one == other:
+        return True
+    if not (_FORM.fullmatch(one) and _FORM.fullmatch(other)) or len(one) != len(other):
+        return False
+    (_, structure, samples), (_, other_structure, other_samples) = one.split("-"), other.split("-")
+    if structure != other_structure:
+        return False
+    here, there = _values(samples), _values(other_samples)
+    step = 2.0**-7 * torch.maximum(here.abs(), there.abs())
+    return bool((here == there).float().mean() >= _EQUAL_SHARE and ((here - there).abs() <= step).all())
+
+
+def _bytes(tensors: list[torch.Tensor]) -> bytes:
+    return torch.cat(tensors).cpu().view(torch.uint8).numpy().tobytes() if tensors else b""
+
+
+def _values(samples: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(samples), dtype=torch.bfloat16).float()

@@ -37,7 +37,7 @@ from smidgen.adapters.files import (
     save_adapter,
 )
 from smidgen.errors import AdapterFileError, UsageError, did_you_mean
-from smidgen.models.fingerprint import fingerprint
+from smidgen.models.fingerprint import fingerprint, same_base
 from smidgen.registry import METHODS
 
 # The mixin is made into a class only together with a model's own, whose methods it calls.
@@ -316,7 +316,7 @@ class AdaptedModel(MadeInPlace, _Model):
         if trained_on is None or force or attach.merged_names(self):
             return
         here = fingerprint(self)
-        if here != trained_on:
+        if not same_base(here, trained_on):
             raise AdapterFileError(
                 f"{folder}: trained on base {trained_on[:12]}, this is {here[:12]}: other weights or another shape. "
                 "Load the base it was trained on, or pass force=True"
