@@ -46,8 +46,8 @@ def test_line_of_trainable_parameters_equals_pefts(capsys: pytest.CaptureFixture
 
 
 METHODS = (
-    "add_adapter load_adapter set_adapter delete_adapter disable_adapter save_pretrained get_base_model merge_and_unload "
-    "merge_adapter unmerge_adapter unload print_trainable_parameters"
+    "add_adapter load_adapter set_adapter delete_adapter disable_adapter save_pretrained get_base_model "
+    "merge_and_unload merge_adapter unmerge_adapter unload print_trainable_parameters"
 )
 
 
