@@ -15,7 +15,7 @@ PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --no-compile --disable-pip
 quickstart:
 	@begin=$$(date +%s) && $(MAKE) --no-print-directory .venv/ready && ready=$$(date +%s) \
 	&& .venv/bin/smidgen train recipes/quickstart.yaml --overwrite && trained=$$(date +%s) \
-	&& .venv/bin/smidgen evaluate runs/quickstart --few-shot 4 \
+	&& .venv/bin/smidgen evaluate runs/quickstart --few-shot 3 \
 	&& echo "set-up $$((ready - begin)) s, training $$((trained - ready)) s, evaluation $$(($$(date +%s) - trained)) s"
 
 test:

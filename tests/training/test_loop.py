@@ -139,6 +139,39 @@ def test_a_resumed_run_is_bit_identical(tmp_path, make, packing):
         assert torch.equal(parameter, second.parameters[name]), name
 
 
+class Crashing(Objective):
+    """Dies, as a process does that is killed, in the micro-batch of the given number."""
+
+    def __init__(self, at: int):
+        self.left = at
+
+    def loss(self, model, batch):
+        self.left -= 1
+        if self.left == 0:
+            raise MemoryError
+        return super().loss(model, batch)
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(tmp_path):
+    options = {"max_steps": 20, "logging_steps": 2, "budget": 512, "packing": True}  # one micro-batch in an update
+    straight = make_loop(tiny_lora(dropout=0.05), UNEQUAL, tmp_path / "straight", **options)
+    straight.fit()
+    dying = make_loop(
+        tiny_lora(dropout=0.05), UNEQUAL, tmp_path / "died", save_steps=5, objective=Crashing(at=14), **options
+    )
+    with pytest.raises(MemoryError):
+        dying.fit()
+    assert read_log(tmp_path / "died")[-1]["step"] == 12
+    found = checkpoint.latest(tmp_path / "died" / "checkpoints")
+    assert found and found.step == 10
+    second = make_loop(tiny_lora(dropout=0.05, seed=9), UNEQUAL, tmp_path / "died", **options)
+    second.resume(found)
+    second.fit()
+    logs = [[(line["step"], line["loss"]) for line in read_log(tmp_path / name)] for name in ("straight", "died")]
+    assert logs[0] == logs[1] and len(logs[0]) == 10
+    assert all(torch.equal(p, second.parameters[name]) for name, p in straight.parameters.items())
+
+
 def test_a_checkpoint_of_another_rank_is_refused(tmp_path):
     first = make_loop(tiny_lora(), UNEQUAL, tmp_path)
     first.save()

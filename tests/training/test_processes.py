@@ -29,6 +29,8 @@ def train(folder: Path) -> None:
     loop.fit()
     if loop.accelerator.is_main_process:
         (folder / "processes").write_text(str(loop.accelerator.num_processes), encoding="utf-8")
+    loop.accelerator.wait_for_everyone()
+    loop.accelerator.end_training()
 
 
 @pytest.mark.slow
@@ -53,4 +55,4 @@ def test_two_processes_train_what_one_does(tmp_path):
     one, two = (read_log(tmp_path / name) for name in ("one", "two"))
     for alone, shared_line in zip(one, two, strict=True):
         for key in {"step", "loss", "grad_norm", "eval_loss"} & alone.keys():
-            assert shared_line[key] == pytest.approx(alone[key], rel=1e-5), (alone["step"], key)
+            assert shared_line[key] == pytest.approx(alone[key], rel=1e-4), (alone["step"], key)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smidgen.errors import UsageError
+from smidgen.errors import TrainingStopped, UsageError
 from smidgen.recipe import load_recipe
 from smidgen.training import proof as proof_module
 from smidgen.training import run
@@ -166,6 +166,30 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 def test_nothing_to_resume_is_said(tmp_path):
     with pytest.raises(UsageError, match="no checkpoint to resume from"):
         carry_out(write_recipe(tmp_path), resume=True)
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_running_out_of_memory_shows_the_forecast(tmp_path, monkeypatch):
+    def fail(self, rows):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(Loop, "_update", fail)
+    with pytest.raises(TrainingStopped, match=r"out of memory in step 1; .*\nmemory: weights"):
+        carry_out(write_recipe(tmp_path))
+
+
+def test_a_real_model_learns_a_text(tmp_path, stories260k):
+    """Continued pretraining of a model of 260K parameters."""
+    text = tmp_path / "text.jsonl"
+    names = ("Ada", "Bo", "Cy", "Di")
+    lines = [{"text": f"{name} went up the hill. At the top {name} sat down to eat a pear."} for name in names * 5]
+    text.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    path = write_recipe(tmp_path)
+    overrides = [f"model={stories260k}", f"data.train=[{{path: {text}}}]", "objective=pretrain", "data.max_length=64"]
+    proof, _ = carry_out(path, *overrides, "train.learning_rate=0.01")
+    assert proof.passed, proof.lines()
+    loss = proof.checks[0].numbers
+    assert loss["on"] < 0.7 * loss["off"]
 
 
 @pytest.mark.usefixtures("no_reload")

@@ -73,6 +73,7 @@ class Loop:
     autocast: torch.dtype | None = None
     learners: Mapping[str, nn.Parameter] | None = None
     step: int = field(default=0, init=False)
+    held_out_loss: float | None = field(default=None, init=False)  # as last evaluated
 
     def __post_init__(self) -> None:
         self.guard = GradientGuard(self.learners or checkpoint.trainable(self.model))
@@ -110,7 +111,8 @@ class Loop:
             Interrupted: the user pressed Ctrl-C; a checkpoint was written.
             TrainingStopped: a guard stopped the run.
         """
-        with Progress(self.total, self.step, self.device) as self.progress, self._catching_signals():
+        quiet = not self.accelerator.is_main_process
+        with Progress(self.total, self.step, self.device, quiet) as self.progress, self._catching_signals():
             self.model.train()
             while self.step < self.total:
                 self._update(self._rows_of(self.step))
@@ -220,7 +222,7 @@ class Loop:
         line["tokens_per_second"] = round(speed, 1)
         text = f"{self.progress.state(self.step, speed)}  loss {line['loss']:.4f}  lr {rate:.2e}  norm {norm:.2f}"
         if evaluated:
-            line["eval_loss"] = self.evaluate()
+            line["eval_loss"] = self.held_out_loss = self.evaluate()
             text += f"  held-out {line['eval_loss']:.4f}"
         self.window = Window()
         if self.accelerator.is_main_process:

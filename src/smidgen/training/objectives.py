@@ -29,8 +29,6 @@ class Collating:
 class Objective:
     """Next-token prediction on the supervised tokens: what `sft` and `pretrain` both learn; their data differ."""
 
-    columns: tuple[str, ...] = ("input_ids", "supervised")
-
     def collate(self, rows: TokenRows, update: Sequence[int], how: Collating) -> list[Batch]:
         """Cut the rows of one update into micro-batches."""
         return micro_batches(rows, update, token_budget=how.token_budget, packing=how.packing, pad_id=how.pad_id)

@@ -20,11 +20,12 @@ class Progress:
         total: updates of the whole run.
         done: updates that an earlier part of the run has made.
         device: whose memory is shown.
+        quiet: show nothing, as every process but the first does.
     """
 
-    def __init__(self, total: int, done: int, device: torch.device, console: Console | None = None):
+    def __init__(self, total: int, done: int, device: torch.device, quiet: bool = False):
         self._total, self._first, self._device = total, done, device
-        self._console = console or Console(soft_wrap=True, highlight=False)
+        self._console = Console(soft_wrap=True, highlight=False, quiet=quiet)
         self._live = (
             Live(console=self._console, transient=True, auto_refresh=False) if self._console.is_terminal else None
         )

@@ -85,10 +85,11 @@ def measured_rows(setup: Setup) -> TokenRows:
     return setup.data.eval or rows.select(np.arange(min(TRAIN_ROWS_MEASURED, len(rows))))
 
 
-def measure(setup: Setup, accelerator: Accelerator) -> Measured:
-    """The loss of the measured rows and the answers to the sample prompts, as the model is now."""
+def measure(setup: Setup, accelerator: Accelerator, loss: float | None = None) -> Measured:
+    """The loss of the measured rows and the answers to the sample prompts, as the model is now; `loss` if it is known."""
     rows = measured_rows(setup)
-    loss = evaluate(setup.model, setup.objective, rows, setup.how, accelerator)
+    if loss is None:
+        loss = evaluate(setup.model, setup.objective, rows, setup.how, accelerator)
     split = [_split(row) for row in _samples(rows)]
     longest = max(len(reference) for _, reference in split)
     answers = generate_batch(

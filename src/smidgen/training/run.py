@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from smidgen.errors import UsageError
+from smidgen.errors import TrainingStopped, UsageError
 from smidgen.models.fingerprint import fingerprint
 from smidgen.models.load import stop_token_ids
 from smidgen.recipe import Recipe, difference, load_recipe, recipe_hash
@@ -76,10 +76,12 @@ def train(
         TrainingStopped: a guard, or the user, stopped the run.
     """
     folder = Path(recipe.output)
-    found = _open_folder(folder, recipe, resume, overwrite)
+    accelerator = _accelerator(recipe, folder)
+    with accelerator.main_process_first():
+        found = _open_folder(folder, recipe, resume, overwrite)
+    _start_trackers(accelerator, recipe)
     if found and not init_adapter and found.state["init_adapter"]:
         init_adapter = Path(found.state["init_adapter"])
-    accelerator = _accelerator(recipe, folder)
     if not accelerator.is_main_process:
         say = _silent
     set_seed(recipe.seed)
@@ -87,7 +89,7 @@ def train(
     base = fingerprint(setup.model)
     before = proof.measure(setup, accelerator) if setup.trains_base else None
     make_trainable(setup, say)
-    plan(setup, say)
+    forecast = plan(setup, say)
     start = proof.snapshot(setup.learners)
     loop = _loop(setup, folder, accelerator)
     if found and found.state["data"] != loop.state["data"]:
@@ -98,15 +100,20 @@ def train(
     if found:
         loop.resume(found)
         say(f"resumed from {found.folder}: step {found.step} of {loop.total}")
-    loop.fit()
-    accelerator.end_training()
+    try:
+        loop.fit()
+    except torch.OutOfMemoryError as error:
+        told = "\n".join(forecast.lines())
+        raise TrainingStopped(f"out of memory in step {loop.step + 1}; this was the forecast:\n{told}") from error
 
+    # Rounding changes what was evaluated last, training is over otherwise.
+    known = None if setup.autocast else loop.held_out_loss
     _narrow(setup)
     saved = folder / ("model" if setup.trains_base else "adapter")
     if accelerator.is_main_process:
         _save(setup, saved)
     accelerator.wait_for_everyone()
-    after = proof.measure(setup, accelerator)
+    after = proof.measure(setup, accelerator, known)
     if before is None:
         with setup.model.disable_adapter():
             before = proof.measure(setup, accelerator)
@@ -119,6 +126,7 @@ def train(
         result.write(folder / "proof.json")
     for line in (*result.lines(), f"saved: {saved}"):
         say(line)
+    accelerator.end_training()
     return result
 
 
@@ -242,13 +250,14 @@ def _save(setup: Setup, folder: Path) -> None:
 
 def _accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     try:
-        accelerator = Accelerator(log_with=[*recipe.train.report_to] or None, project_dir=folder / "trackers")
-        if recipe.train.report_to:
-            settings = {key: str(value) for key, value in vars(recipe.train).items()}
-            accelerator.init_trackers("smidgen", config=settings)
+        return Accelerator(log_with=[*recipe.train.report_to] or None, project_dir=folder / "trackers")
     except (ValueError, ImportError) as error:
         raise UsageError(f"train.report_to: {error}") from error
-    return accelerator
+
+
+def _start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
+    if recipe.train.report_to:
+        accelerator.init_trackers("smidgen", config={key: str(value) for key, value in vars(recipe.train).items()})
 
 
 def _silent(line: str) -> None:
