@@ -20,7 +20,7 @@ def fingerprint(model: nn.Module) -> str:
     """Answer what tells base models apart: a hash of the structure, a hash of weights, and samples of the weights.
 
     The structure is the kind of model, its head counts, and the name and shape of each parameter. Of each parameter 96
-    values (the first, middle and last 32) are rounded to bfloat16 and hashed, and 4 of them are kept as hexadecimal digits.
+    values (the first, middle and last 32) are rounded to bfloat16 and hashed, and 4 are kept as hexadecimal digits.
     Adapters do not count. Full and freeze tuning change the base: take its fingerprint before training.
     """
     config = getattr(model, "config", None)

@@ -86,7 +86,7 @@ def measured_rows(setup: Setup) -> TokenRows:
 
 
 def measure(setup: Setup, accelerator: Accelerator, loss: float | None = None) -> Measured:
-    """The loss of the measured rows and the answers to the sample prompts, as the model is now; `loss` if it is known."""
+    """The loss of the measured rows (`loss`, where it is known) and the answers to the sample prompts, as it is now."""
     rows = measured_rows(setup)
     if loss is None:
         loss = evaluate(setup.model, setup.objective, rows, setup.how, accelerator)
