@@ -86,7 +86,8 @@ class TrainRecipe:
     micro_batch_tokens: the most tokens computed at once; None: chosen from the memory there is.
     max_steps: the number of updates; it takes precedence over `epochs`.
     warmup_ratio: the share of the updates in which the learning rate rises.
-    eval_steps, save_steps: updates between two evaluations or checkpoints; None: at the end only.
+    eval_steps: updates between two evaluations; None: at the end only.
+    save_steps: updates between two checkpoints; None: only when the run is stopped (what was learned is saved anyway).
     save_total_limit: how many checkpoints are kept; None: all.
     report_to: names of trackers: tensorboard, wandb, mlflow, trackio...
     """

@@ -81,4 +81,7 @@ LORA_CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 CASES = {"lora": LORA_CASES}
 
 # (method, case): the reason why a law does not hold there.
+NOT_EQUAL_TO_PEFT = {
+    "pissa niter": "peft draws other random numbers at each load, so no file of its own loads the same"
+}
 NOT_IDENTITY_AT_START = {("lora", "random"): "init_lora_weights=False asks for a random start"}

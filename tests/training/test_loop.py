@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from smidgen.adapters.methods.lora import Lora
 from smidgen.errors import DataError, TrainingStopped, UsageError
 from smidgen.training import checkpoint
 from smidgen.training.guards import GradientGuard, Interrupted
@@ -293,3 +294,13 @@ def test_the_log_has_a_line_for_every_logged_step_and_evaluation(tmp_path):
     log = read_log(tmp_path)
     assert [line["step"] for line in log] == [2, 3, 4, 6, 7]
     assert [line["step"] for line in log if "eval_loss" in line] == [2, 4, 6, 7]
+
+
+def test_penalties_of_adapters_reach_the_gradient(tmp_path, monkeypatch):
+    monkeypatch.setattr(Lora, "penalty", lambda self: self.lora_A.weight.square().sum())
+    loop = make_loop(tiny_lora(), make_rows([6, 5, 4, 3]), tmp_path, max_steps=1, max_grad_norm=1e9, learning_rate=0.0)
+    weights = {name: p.detach().clone() for name, p in loop.parameters.items() if "lora_A" in name}
+    loop.fit()
+    # B is zero at the start, so that all of A's gradient comes from the penalty.
+    for name, weight in weights.items():
+        torch.testing.assert_close(loop.parameters[name].grad, 2 * weight)

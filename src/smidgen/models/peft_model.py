@@ -129,6 +129,7 @@ class AdaptedModel(MadeInPlace, _Model):
         """Attach another adapter; it does not answer before `set_adapter`.
 
         Args:
+            low_cpu_mem_usage: there for peft's callers; an adapter is small.
             autocast_adapter_dtype: keep the adapter in fp32 over a 16-bit base; False: in the base's dtype.
 
         Raises:
@@ -182,7 +183,7 @@ class AdaptedModel(MadeInPlace, _Model):
     # --- merging --------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
-        """Fold adapters (default: the active ones) into the weights. Always checked for values that are not finite.
+        """Fold adapters (default: the active ones) into the weights. `safe_merge` or not, it is always checked.
 
         Raises:
             MergeError: a method cannot be merged, or a merged tensor is not finite; the model is as before.
@@ -200,6 +201,7 @@ class AdaptedModel(MadeInPlace, _Model):
     ) -> Any:
         """Merge, then take all adapters off: answers a plain model that needs no smidgen.
 
+        `progressbar` and `safe_merge` are there for peft's callers: nothing is shown, and merging is always checked.
         Where an adapter changed only one of several layers that shared a weight, they are untied and a warning says
         how much larger the saved model is.
 
@@ -241,9 +243,10 @@ class AdaptedModel(MadeInPlace, _Model):
             state_dict: take the values from this state dict of the whole model.
 
         Raises:
-            UsageError: a pickle was asked for.
+            UsageError: a pickle was asked for, or an option that is not there.
             AdapterFileError: a tensor holds values that are not finite.
         """
+        _refuse(kwargs, "save_pretrained")
         if not safe_serialization:
             raise UsageError("safe_serialization=False asks for a pickle; smidgen writes safetensors only")
         if not is_main_process:
@@ -295,7 +298,9 @@ class AdaptedModel(MadeInPlace, _Model):
         Raises:
             AdapterFileError: the files do not fit the model, or were trained on another base.
         """
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        kwargs.pop("low_cpu_mem_usage", None)  # an adapter is small
+        _refuse(kwargs, "load_adapter")
         folder = adapter_folder(model_id, **hub)
         tensors, metadata = read_adapter(folder)
         self._check_base(folder, metadata, force)
@@ -369,15 +374,21 @@ def get_peft_model(
     peft_config: PeftConfig,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
-    **kwargs: Any,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> Any:
     """Attach a new adapter to `model`, in place, freeze the rest, and answer the same object.
+
+    Args:
+        autocast_adapter_dtype, low_cpu_mem_usage: as for `AdaptedModel.add_adapter`.
+        revision: the base model's on the hub, written into the adapter's configuration.
 
     Raises:
         TargetError: what the configuration asks for is not in the model; nothing was changed.
     """
     fresh = not isinstance(model, AdaptedModel)
     adapted = _adaptable(model)
+    peft_config.revision = revision or peft_config.revision
     try:
         adapted.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
     except Exception:
@@ -396,6 +407,12 @@ def _adaptable(model: Any) -> Any:
         # transformers' Trainer asks for this mark where the base is quantised.
         model.__dict__.update(_adapters=State(), _hf_peft_config_loaded=True)
     return model
+
+
+def _refuse(options: dict[str, Any], function: str) -> None:
+    """Options that nothing here would read are an error, not silence."""
+    if options:
+        raise UsageError(f"{function}: no option {', '.join(map(repr, options))}")
 
 
 def _freeze_base(model: nn.Module) -> None:

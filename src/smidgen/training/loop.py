@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from smidgen.adapters.base import Adapter
 from smidgen.data.packing import Batch, epoch_plan
 from smidgen.data.rows import TokenRows
 from smidgen.errors import DataError, TrainingStopped
@@ -176,6 +177,8 @@ class Loop:
             share = mean_share(values, count)
             self.scaler.scale(share).backward()
             loss += share.detach()
+        for penalty in self._penalties():
+            self.scaler.scale(penalty / self.accelerator.num_processes).backward()
         self._sum_gradients()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.train.max_grad_norm)
@@ -198,6 +201,11 @@ class Loop:
         self.window.tokens += tokens
         self.window.seconds += time.perf_counter() - begun
         self._tell(rate, norm_value)
+
+    def _penalties(self) -> list[torch.Tensor]:
+        """The terms that adapters add to the loss of an update; they are not part of the logged loss."""
+        adapters = (module for module in self.model.modules() if isinstance(module, Adapter))
+        return [penalty for adapter in adapters if (penalty := adapter.penalty()) is not None]
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, self.accelerator.reduce(tensor))  # over all processes
