@@ -18,7 +18,7 @@ def check(
         Path | None, typer.Option("--init-adapter", help="The adapter that would be trained further.")
     ] = None,
 ) -> None:
-    """Show what a recipe would train, and what it needs, before it is trained."""
+    """Show what a recipe would train and need, and train nothing."""
     checked, notes = load_recipe(recipe, overrides or [])
     for note in notes:
         typer.echo(f"note: {note}")

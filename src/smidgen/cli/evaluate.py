@@ -19,7 +19,7 @@ def evaluate(
     few_shot_data: Annotated[str | None, typer.Option(help="Their file; default: the run's training file.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows generated at once.")] = 64,
 ) -> None:
-    """Answer held-out rows with the base and with the tuned model, and compare exact matches."""
+    """Compare the exact matches of base and tuned on held-out rows."""
     from smidgen.evaluation.compare import choose_few_shot, compare, read_examples
     from smidgen.models.open import find, open_model
 

@@ -15,7 +15,7 @@ from smidgen.errors import UsageError
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A run folder, an adapter folder, or a model's folder.")],
 ) -> None:
-    """Say what is in a folder: method, base, size, where it sits, and whether it moves anything."""
+    """Say what is in a folder, and whether it moves anything."""
     proof = folder / "proof.json"
     inner = next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), folder)
     if (inner / "adapter_config.json").is_file():

@@ -17,7 +17,7 @@ def merge(
         str, typer.Option(help="What the weights are cast to: bfloat16, float16 or float32.")
     ] = "bfloat16",
 ) -> None:
-    """Merge an adapter into its base, prove that it answers the same, and write a plain model."""
+    """Merge an adapter into its base, proven to answer the same."""
     from smidgen.export.merge import BOUNDS, merge_to_folder
     from smidgen.models.open import find, open_model
 
