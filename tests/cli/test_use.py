@@ -64,7 +64,8 @@ def test_generate(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_chat(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert smidgen(monkeypatch, "chat", run, stdin=f"{ASK}\n/new\n\n/off\n/on\n/new\n{ASK}\n/quit\nnever\n") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1:] == ["blue", "a new talk", "adapter off", "adapter on", "a new talk", "blue"]
+    talks = ["a new talk, adapter on", "a new talk, adapter off", "a new talk, adapter on", "a new talk, adapter on"]
+    assert lines[1:] == ["blue", *talks, "blue"]
 
 
 def test_merge(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

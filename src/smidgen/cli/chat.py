@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-HELP = "/off and /on: without and with the adapter; /new: forget the talk so far; /quit or Ctrl-D: leave"
+HELP = "/off and /on: a new talk without or with the adapter; /new: a new talk; /quit or Ctrl-D: leave"
 
 
 def chat(
@@ -44,8 +44,9 @@ def chat(
         if said in ("/quit", "/exit"):
             return
         if said in ("/on", "/off", "/new"):
-            off, talk = (off, list(start)) if said == "/new" else (said == "/off", talk)
-            typer.echo({"/on": "adapter on", "/off": "adapter off", "/new": "a new talk"}[said])
+            # A new talk each time: a base that has read the adapter's answers imitates them.
+            off, talk = (off if said == "/new" else said == "/off"), list(start)
+            typer.echo(f"a new talk, adapter {'off' if off else 'on'}")
             continue
         if not said:
             continue

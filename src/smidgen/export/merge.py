@@ -19,10 +19,10 @@ from torch import Tensor
 from smidgen.data import encode_prompt, encode_text
 from smidgen.errors import MergeError, UsageError
 from smidgen.models.generate import generate_batch
-from smidgen.models.load import stop_token_ids
+from smidgen.models.load import quiet, stop_token_ids
 
 # The largest change of a logit, in units of the spread of the logits, by the dtype that the weights are cast to.
-BOUNDS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
+BOUNDS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 ANSWER_TOKENS = 16
 PROBES = (
     "What is the capital of France?",
@@ -52,8 +52,8 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        """Logits within the bound, and no more than one greedy answer in eight changed."""
-        return self.gap <= self.bound * self.spread and self.prompts - self.same <= self.prompts // 8
+        """Logits within the bound, and half of the greedy answers the same: rounding to 16 bits decides near-ties."""
+        return self.gap <= self.bound * self.spread and 2 * self.same >= self.prompts
 
     def __str__(self) -> str:
         return (
@@ -121,7 +121,8 @@ def _write(model: Any, tokenizer: Any, folder: Path) -> None:
     generation = copy.deepcopy(model.generation_config)
     generation.eos_token_id = sorted(stop_token_ids(model, tokenizer)) or None
     model.generation_config = generation
-    model.save_pretrained(partial)
+    with quiet():
+        model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     if folder.exists():
         folder.rmdir()

@@ -38,7 +38,7 @@ def load_model(
     place = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     say(f"device: {place}; dtype: {str(chosen).removeprefix('torch.')} ({reason}), adapters float32")
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=chosen,
@@ -78,7 +78,7 @@ def load_adapted(
     """
     model, tokenizer = load_model(base, dtype, device=device, say=say)
     if (folder / "tokenizer_config.json").is_file():
-        with _quiet():
+        with quiet():
             tokenizer = _tokenizer(folder)
     return PeftModel.from_pretrained(model, folder), tokenizer
 
@@ -140,7 +140,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and warnings, and give them back as they were."""
     log: Any = transformers.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()

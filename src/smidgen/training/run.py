@@ -29,7 +29,7 @@ from torch import nn
 
 from smidgen.errors import TrainingStopped, UsageError
 from smidgen.models.fingerprint import fingerprint
-from smidgen.models.load import stop_token_ids
+from smidgen.models.load import quiet, stop_token_ids
 from smidgen.recipe import Recipe, difference, load_recipe, recipe_hash
 from smidgen.training import checkpoint, proof
 from smidgen.training.guards import check_disk, check_finite
@@ -234,7 +234,8 @@ def _save(setup: Setup, folder: Path) -> None:
     check_finite(setup.learners.items())
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    setup.model.save_pretrained(partial)
+    with quiet():
+        setup.model.save_pretrained(partial)
     tokenizer = copy.deepcopy(setup.tokenizer)
     tokenizer.chat_template = setup.data.template or tokenizer.chat_template
     tokenizer.save_pretrained(partial)
