@@ -29,16 +29,7 @@ _KINDS = {
 
 
 def kind_of(value: object) -> str:
-    names = {
-        str: "text",
-        dict: "object",
-        list: "list",
-        bool: "true/false",
-        int: "number",
-        float: "number",
-        type(None): "null",
-    }
-    return names.get(type(value), type(value).__name__)
+    return _KINDS.get(type(value), type(value).__name__)
 
 
 def text_of(row: Mapping[str, Any], name: str) -> str:
