@@ -14,7 +14,7 @@ SOURCE = Path(smidgen.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 FLOORS = {
-    **dict.fromkeys(("errors", "drafts", "registry", "checking", "llamafactory_keys", "llamafactory", "recipe"), 0),
+    **dict.fromkeys(("errors", "proofs", "drafts", "registry", "checking", "llamafactory_keys", "llamafactory", "recipe"), 0),
     **dict.fromkeys(("losses", "quant", "kernels"), 1),
     **dict.fromkeys(("adapters", "data"), 2),
     **dict.fromkeys(("models",), 3),

@@ -74,7 +74,7 @@ def test_the_budget_is_halved_until_it_fits(monkeypatch):
     whole = forecast(model, taken, ROWS, how, 32, 1)
     monkeypatch.setattr("smidgen.training.plan.free_memory", lambda device: whole.missing // 2)
     told = "\n".join(replace(whole, free=whole.missing // 2).lines())
-    assert "does not fit" in told
+    assert "fits: no (needs" in told
     smaller = choose_budget(model, taken, ROWS, how, 32, 1)
     assert 60 <= smaller.token_budget < 1920
     assert forecast(model, taken, ROWS, smaller, 32, 1).fits

@@ -410,6 +410,16 @@ def fold_in_float32(module: Any, names: list[str]) -> dict[str, Tensor]:
     return {name: original[name] if name in wide and t is wide[name] else t for name, t in tensors.items()}
 
 
+@torch.no_grad()
+def weight_changes(model: Any) -> Iterator[tuple[str, float]]:
+    """||dW|| / ||W|| of every weight that the model's adapters act on, with the path of its module."""
+    for path, module in adapted_modules(model):
+        before, after = (fold_in_float32(module, names) for names in ([], list(module.adapters)))
+        if "weight" in before:
+            change = (after["weight"].float() - before["weight"].float()).norm()
+            yield path, (change / before["weight"].float().norm().clamp_min(1e-12)).item()
+
+
 def unmerge(model: Any) -> None:
     """Put back every tensor that merging replaced: exact to the bit."""
     for _, module in adapted_modules(model):

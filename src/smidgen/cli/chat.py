@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from smidgen.cli.options import Base, Force, adapter_switch
+
 HELP = "/off and /on: a new talk without or with the adapter; /new: a new talk; /quit or Ctrl-D: leave"
 
 
@@ -20,16 +22,17 @@ def chat(
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
     ] = 1.0,
+    base: Base = None,
+    force: Force = False,
 ) -> None:
     """Talk to a tuned model; answers appear as they are generated."""
-    from smidgen.cli.talk import adapter_switch
     from smidgen.data import encode_prompt
     from smidgen.models.generate import stream
     from smidgen.models.open import find, open_model
 
     off = adapter_switch(adapter)
-    place = find(run)
-    model, tokenizer = open_model(place, say=typer.echo)
+    place = find(run, base)
+    model, tokenizer = open_model(place, force=force, say=typer.echo)
     system = system if system is not None else place.recipe.data.system if place.recipe else None
     start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     talk = list(start)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from smidgen.cli.options import Base, Force
 from smidgen.errors import UsageError
 from smidgen.recipe import Source
 
@@ -18,12 +19,14 @@ def evaluate(
     few_shot: Annotated[int, typer.Option(min=0, help="Solved examples that the base is shown in a second try.")] = 0,
     few_shot_data: Annotated[str | None, typer.Option(help="Their file; default: the run's training file.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows generated at once.")] = 64,
+    base: Base = None,
+    force: Force = False,
 ) -> None:
     """Compare the exact matches of base and tuned on held-out rows."""
     from smidgen.evaluation.compare import choose_few_shot, compare, read_examples
     from smidgen.models.open import find, open_model
 
-    place = find(run)
+    place = find(run, base)
     if place.adapter is None:
         raise UsageError(f"{run}: holds no adapter, so there is no base to compare with")
     recipe = place.recipe
@@ -32,7 +35,7 @@ def evaluate(
     if few_shot:
         shots_source = _source(few_shot_data, recipe.data.train if recipe else None, "--few-shot-data")
         shots = choose_few_shot(shots_source, few_shot, seed=recipe.seed if recipe else 0)
-    model, tokenizer = open_model(place)
+    model, tokenizer = open_model(place, force=force)
     found = compare(
         model,
         tokenizer,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from smidgen.cli.options import Base, Force, adapter_switch
 from smidgen.errors import UsageError
 
 
@@ -24,10 +25,10 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 42,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 16,
+    base: Base = None,
+    force: Force = False,
 ) -> None:
     """Answer prompts, each answer printed in the order of the prompts."""
-    from smidgen.cli.talk import adapter_switch
-
     off = adapter_switch(adapter)
     asked = prompts or [line.rstrip("\n") for line in sys.stdin]
     if not any(text.strip() for text in asked):
@@ -39,8 +40,8 @@ def generate(
     from smidgen.models.generate import generate_batch
     from smidgen.models.open import find, open_model
 
-    place = find(run)
-    model, tokenizer = open_model(place, say=lambda line: typer.echo(line, err=True))
+    place = find(run, base)
+    model, tokenizer = open_model(place, force=force, say=lambda line: typer.echo(line, err=True))
     system = system if system is not None else place.recipe.data.system if place.recipe else None
 
     def encode(text: str) -> list[int]:

@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 import smidgen
 from smidgen.errors import SmidgenError, did_you_mean
 
-COMMANDS = ("train", "check", "evaluate", "chat", "generate", "merge", "methods", "inspect")
+COMMANDS = ("train", "check", "evaluate", "chat", "generate", "merge", "verify", "methods", "inspect")
 
 
 def summary(name: str) -> str:

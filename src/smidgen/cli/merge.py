@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from smidgen.cli.options import Base, Force
 from smidgen.errors import UsageError
 
 
@@ -16,6 +17,8 @@ def merge(
     dtype: Annotated[
         str, typer.Option(help="What the weights are cast to: bfloat16, float16 or float32.")
     ] = "bfloat16",
+    base: Base = None,
+    force: Force = False,
 ) -> None:
     """Merge an adapter into its base, proven to answer the same."""
     from smidgen.export.merge import BOUNDS, merge_to_folder
@@ -24,9 +27,9 @@ def merge(
     dtypes = {str(known).removeprefix("torch."): known for known in BOUNDS}
     if dtype not in dtypes:
         raise UsageError(f"--dtype: '{dtype}' is none of {', '.join(dtypes)}")
-    place = find(run)
+    place = find(run, base)
     if place.adapter is None:
         raise UsageError(f"{run}: there is no adapter in it to merge")
-    model, tokenizer = open_model(place, "float32", say=typer.echo)
+    model, tokenizer = open_model(place, "float32", force=force, say=typer.echo)
     merge_to_folder(model, tokenizer, output, dtypes[dtype], say=typer.echo)
     typer.echo(f"merged model: {output}")

@@ -1,7 +1,7 @@
 """The text of a chat, and which part of it is learned.
 
-A `ChatTemplate` renders messages through the tokenizer's own sandboxed Jinja environment. Where a turn begins is found
-by rendering the messages before it, up to the header of the answer; so no template needs `{% generation %}`. What a
+A `ChatTemplate` renders messages in the sandbox of `data.sandbox`, within bounds. Where a turn begins is found by
+rendering the messages before it, up to the header of the answer; so no template needs `{% generation %}`. What a
 template writes between that header and the answer (an empty think block) belongs to the prompt, and `prompt` writes it
 too: chat and serving start exactly where training started.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smidgen.data.formats import Example, Message
+from smidgen.data.sandbox import LONGEST_TEMPLATE, Sandbox, TemplateLimit
 from smidgen.errors import DataError
 
 # For tokenizers that have no template of their own. Alpaca's wording: https://github.com/tatsu-lab/stanford_alpaca
@@ -68,16 +69,17 @@ class ChatTemplate:
     origin: where it is from, in words.
 
     Raises:
-        DataError: the template cannot render a question and an answer.
+        DataError: the template cannot render a question and an answer, or goes beyond the bounds of the sandbox.
     """
 
     def __init__(self, tokenizer: Any, text: str, origin: str) -> None:
-        self.text, self.origin, self._tokenizer = text, origin, tokenizer
+        self.text, self.origin, self._special = text, origin, tokenizer.special_tokens_map
         try:
-            header = self._render([[_user(_QUESTION)]], prompt=True)[0]
-            whole = self._render([[_user(_QUESTION), {"role": "assistant", "content": _ANSWER}]])[0]
+            self._sandbox = Sandbox(text)
+            header = self._render([_user(_QUESTION)], prompt=True)
+            whole = self._render([_user(_QUESTION), {"role": "assistant", "content": _ANSWER}])
         except Exception as error:  # a template is foreign code: what it may raise is open
-            raise DataError(f"{origin}: the template cannot render a question and its answer: {error}") from None
+            raise DataError(f"{origin}: the template cannot render a question and its answer: {_told(error)}") from None
         answer = whole.find(_ANSWER)
         if answer < 0:
             raise DataError(f"{origin}: the template does not write the assistant's answer")
@@ -92,11 +94,15 @@ class ChatTemplate:
         self.takes_system = self._shows_system()
 
     def render(self, examples: Sequence[Example]) -> list[Rendered | str]:
-        """Render chats; a chat that the template refuses is answered as the refusal's words."""
+        """Render chats; a chat that the template refuses is answered as the refusal's words.
+
+        Raises:
+            DataError: the template goes beyond the bounds of the sandbox.
+        """
         chats = [self._fit(example.messages) for example in examples]
         tools = [example.tools for example in examples]
         answers: list[Rendered | str] = [
-            Rendered(text, []) if isinstance(text, str) else str(text) for text in self._render_each(chats, tools)
+            Rendered(text, []) if isinstance(text, str) else _told(text) for text in self._render_each(chats, tools)
         ]
         # Other learned turns are found by the header before each; the headers of all chats are rendered in one call.
         heads: list[tuple[int, int]] = []
@@ -139,9 +145,9 @@ class ChatTemplate:
             DataError: the template refuses the chat.
         """
         try:
-            text = self._render([self._fit(messages)], tools, prompt=True)[0]
+            text = self._render(self._fit(messages), tools, prompt=True)
         except Exception as error:
-            raise DataError(f"the chat template refuses these messages: {error}") from None
+            raise DataError(f"the chat template refuses these messages: {_told(error)}") from None
         return text if thinking else self._answer_start(text)
 
     def _answer_start(self, header: str) -> str:
@@ -181,7 +187,7 @@ class ChatTemplate:
         """Where a turn ends: where its own rendering does, or with the closing that comes before the next message."""
         if turn + 1 == len(chat):
             return len(text)
-        through = self._render([chat[: turn + 1]], tools)[0]
+        through = self._render(chat[: turn + 1], tools)
         if text.startswith(through):
             return len(through)
         following = text.find(chat[turn + 1]["content"].strip(), start)
@@ -199,7 +205,7 @@ class ChatTemplate:
 
     def _shows_system(self) -> bool:
         try:
-            text = self._render([[{"role": "system", "content": _SYSTEM}, _user(_QUESTION)]], prompt=True)[0]
+            text = self._render([{"role": "system", "content": _SYSTEM}, _user(_QUESTION)], prompt=True)
         except Exception:  # many templates refuse by raising
             return False
         return _SYSTEM in text
@@ -207,25 +213,18 @@ class ChatTemplate:
     def _render_each(
         self, chats: list[list[Message]], tools: list[list[Any] | None], *, prompt: bool = False
     ) -> list[str | Exception]:
-        if not any(tools):
-            try:
-                return list(self._render(chats, prompt=prompt))
-            except Exception:  # one of them is refused: find out which
-                pass
         answers: list[str | Exception] = []
         for chat, its_tools in zip(chats, tools, strict=True):
             try:
-                answers.append(self._render([chat], its_tools, prompt=prompt)[0])
+                answers.append(self._render(chat, its_tools, prompt=prompt))
+            except TemplateLimit as error:  # a template that does so for one chat may do so for each
+                raise DataError(f"{self.origin}: the template is stopped: {error}") from None
             except Exception as error:
                 answers.append(error)
         return answers
 
-    def _render(self, chats: list[list[Message]], tools: list[Any] | None = None, *, prompt: bool = False) -> list[str]:
-        if not chats:
-            return []
-        return self._tokenizer.apply_chat_template(
-            chats, tools=tools, chat_template=self.text, tokenize=False, add_generation_prompt=prompt
-        )
+    def _render(self, chat: list[Message], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
+        return self._sandbox.render(chat, tools, prompt=prompt, special=self._special)
 
 
 def choose_template(tokenizer: Any, path: str | None, style: str) -> ChatTemplate:
@@ -235,14 +234,39 @@ def choose_template(tokenizer: Any, path: str | None, style: str) -> ChatTemplat
         DataError: the file cannot be read, or the template cannot render a chat.
     """
     if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"data.template: {path} cannot be read: {error}") from None
-        return ChatTemplate(tokenizer, text, path)
+        return ChatTemplate(tokenizer, _read(Path(path)), path)
     if tokenizer.chat_template:
-        return ChatTemplate(tokenizer, tokenizer.get_chat_template(), "the tokenizer's chat template")
+        return ChatTemplate(tokenizer, own_template(tokenizer), "the tokenizer's chat template")
     return ChatTemplate(tokenizer, ALPACA if style == "alpaca" else PLAIN, f"built-in {style} template")
+
+
+def own_template(tokenizer: Any) -> str:
+    """Answer the text of the tokenizer's own chat template, the one called 'default' where it has several.
+
+    Raises:
+        DataError: none of its templates is called so.
+    """
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise DataError(f"the tokenizer's chat template: {error}") from None
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"data.template: {path}: no such file")
+    if path.stat().st_size > 4 * LONGEST_TEMPLATE:
+        raise DataError(f"data.template: {path}: longer than {LONGEST_TEMPLATE:,} characters; this is no chat template")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.template: {path} cannot be read: {error}") from None
+
+
+def _told(error: Exception) -> str:
+    """What a template raised, shortened: its words are the template's own."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} [...]"
 
 
 def _user(content: str) -> Message:

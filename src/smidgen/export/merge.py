@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from smidgen.data import encode_prompt, encode_text
@@ -62,6 +63,24 @@ class Parity:
         )
 
 
+class Probe:
+    """The greedy answers of an adapted model to fixed prompts, with their logits, to compare a merged model with."""
+
+    def __init__(self, model: Any, tokenizer: Any):
+        prompts = [_encode(text, tokenizer) for text in PROBES]
+        answers = generate_batch(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
+        self._rows = [(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
+        self._expected = [_logits(model, *row) for row in self._rows]
+
+    def compare(self, merged: Any, bound: float) -> Parity:
+        """How `merged` answers to the same; `bound` as in `Parity`."""
+        found = [_logits(merged, *row) for row in self._rows]
+        pairs = list(zip(self._expected, found, strict=True))
+        same = sum(torch.equal(a.argmax(-1), b.argmax(-1)) for a, b in pairs)
+        gap = max((a - b).abs().max().item() for a, b in pairs)
+        return Parity(len(pairs), same, gap, torch.cat(self._expected).std().item(), bound)
+
+
 def merge_to_folder(
     model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, say: Callable[[str], None] = print
 ) -> Parity:
@@ -69,21 +88,18 @@ def merge_to_folder(
 
     Raises:
         UsageError: the folder is not empty.
-        MergeError: the merged model answers differently beyond the bound, or cannot be merged; nothing is written.
+        MergeError: the merged model answers differently beyond the bound, cannot be merged, or cannot be written; the
+            folder is as it was.
     """
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder}: is not empty; name another folder")
-    prompts = [_encode(text, tokenizer) for text in PROBES]
-    answers = generate_batch(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    expected = [_logits(model, row, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+    probe = Probe(model, tokenizer)
     merged = model.merge_and_unload()
     with torch.no_grad():
         for tensor in (*merged.parameters(), *merged.buffers()):
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(dtype))  # what is compared is what is written
-    found = [_logits(merged, row, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
-    parity = _compare(expected, found, BOUNDS[dtype])
+    parity = probe.compare(merged, BOUNDS[dtype])
     say(str(parity))
     if not parity.passed:
         raise MergeError(
@@ -107,13 +123,6 @@ def _logits(model: Any, row: list[int], prompt: int) -> Tensor:
     return model(ids).logits[0, prompt - 1 :].float()
 
 
-def _compare(expected: list[Tensor], found: list[Tensor], bound: float) -> Parity:
-    pairs = list(zip(expected, found, strict=True))
-    same = sum(torch.equal(a.argmax(-1), b.argmax(-1)) for a, b in pairs)
-    gap = max((a - b).abs().max().item() for a, b in pairs)
-    return Parity(len(pairs), same, gap, torch.cat(expected).std().item(), bound)
-
-
 def _write(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write the model, its tokenizer with the chat template, and the tokens that end an answer; all or nothing."""
     partial = folder.with_name(f".{folder.name}.partial")
@@ -121,9 +130,13 @@ def _write(model: Any, tokenizer: Any, folder: Path) -> None:
     generation = copy.deepcopy(model.generation_config)
     generation.eos_token_id = sorted(stop_token_ids(model, tokenizer)) or None
     model.generation_config = generation
-    with quiet():
-        model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if folder.exists():
-        folder.rmdir()
-    os.replace(partial, folder)
+    try:
+        with quiet():
+            model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:  # a full disk is either, by which library writes
+        shutil.rmtree(partial, ignore_errors=True)
+        raise MergeError(f"{folder}: could not be written: {error}") from error

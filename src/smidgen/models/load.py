@@ -47,7 +47,7 @@ def load_model(
                 local_files_only=True,
                 output_loading_info=True,
             )
-            tokenizer = _tokenizer(path)
+            tokenizer = load_tokenizer(path)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: cannot be loaded as a causal language model: {error}") from error
     model, report = loaded
@@ -66,11 +66,13 @@ def load_adapted(
     dtype: str = "auto",
     *,
     device: torch.device | None = None,
+    force: bool = False,
     say: Callable[[str], None] = print,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load the model in `base`, attach the adapter in `folder`, and answer it with the tokenizer of that folder.
 
     That tokenizer has the chat template of the training; where the folder holds none, the base's tokenizer serves.
+    `force` loads an adapter onto another base than it was trained on.
 
     Raises:
         ModelError: as `load_model`.
@@ -78,9 +80,8 @@ def load_adapted(
     """
     model, tokenizer = load_model(base, dtype, device=device, say=say)
     if (folder / "tokenizer_config.json").is_file():
-        with quiet():
-            tokenizer = _tokenizer(folder)
-    return PeftModel.from_pretrained(model, folder), tokenizer
+        tokenizer = load_tokenizer(folder)
+    return PeftModel.from_pretrained(model, folder, force=force), tokenizer
 
 
 def best_device() -> torch.device:
@@ -131,8 +132,10 @@ def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -
     return {stop for stop in stops if stop is not None}
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder; one that has no padding token pads with its end token."""
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if tokenizer.pad_token_id is None:
         # Padding is masked by length, so any token serves; the end token keeps its meaning in labels.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

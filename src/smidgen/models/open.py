@@ -29,8 +29,11 @@ class Place:
     recipe: Recipe | None
 
 
-def find(name: str | Path) -> Place:
+def find(name: str | Path, base: str | None = None) -> Place:
     """Find out what `name` is: a run folder, an adapter folder, or the name of a model as recipes take it.
+
+    Args:
+        base: the base model of an adapter, where it is no longer where the run or the adapter says.
 
     Raises:
         UsageError: an adapter names no base model; a run folder holds nothing that was trained yet.
@@ -49,19 +52,23 @@ def find(name: str | Path) -> Place:
             )
     if not (folder / CONFIG_NAME).is_file():
         return Place(None, str(name), None)
-    if recipe:
-        return Place(folder, recipe.model, recipe)
+    base = base or (recipe.model if recipe else None)
+    if base:
+        return Place(folder, base, recipe)
     base = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise UsageError(f"{folder / CONFIG_NAME}: names no base model (base_model_name_or_path)")
     return Place(folder, base, None)
 
 
-def open_model(place: Place, dtype: str | None = None, say: Callable[[str], None] = print) -> tuple[Any, Any]:
+def open_model(
+    place: Place, dtype: str | None = None, *, force: bool = False, say: Callable[[str], None] = print
+) -> tuple[Any, Any]:
     """Load what `find` found: the model, adapted where there is an adapter, and the tokenizer with its chat template.
 
     Args:
         dtype: of the base weights; None: as in the run, or "auto".
+        force: load an adapter onto another base than it was trained on.
 
     Raises:
         ModelError: the model cannot be found or read.
@@ -71,4 +78,4 @@ def open_model(place: Place, dtype: str | None = None, say: Callable[[str], None
     base = resolve_model(place.base)
     if place.adapter is None:
         return load_model(base, dtype, say=say)
-    return load_adapted(place.adapter, base, dtype, say=say)
+    return load_adapted(place.adapter, base, dtype, force=force, say=say)

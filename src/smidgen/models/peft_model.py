@@ -324,7 +324,7 @@ class AdaptedModel(MadeInPlace, _Model):
         if not same_base(here, trained_on):
             raise AdapterFileError(
                 f"{folder}: trained on base {trained_on[:12]}, this is {here[:12]}: other weights or another shape. "
-                "Load the base it was trained on, or pass force=True"
+                "Load the base it was trained on (--base), or load it all the same (--force, force=True)"
             )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from smidgen.data.packing import Batch
+from smidgen.data.packing import IGNORED, Batch
 from smidgen.losses.lm import token_cross_entropy
 
 
@@ -37,6 +38,20 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Te
         columns = torch.searchsorted(kept, columns)
     logits = model(**inputs).logits
     return token_cross_entropy(logits[rows, columns], targets), row_indices(batch)[:, 1:][follows]
+
+
+@torch.no_grad()
+def row_losses(model: nn.Module, rows: Sequence[tuple[list[int], list[bool]]]) -> list[float]:
+    """The mean loss of each row (token ids, and which of them are supervised), computed one row at a time."""
+    device = next(model.parameters()).device
+    losses = []
+    for ids, supervised in rows:
+        tokens = torch.tensor([ids])
+        labels = tokens.masked_fill(~torch.tensor([supervised]), IGNORED)
+        labels[:, 0] = IGNORED
+        batch = Batch(tokens, labels, None, None, [0], int((labels != IGNORED).sum()))
+        losses.append(token_losses(model, batch.to(device))[0].mean().item())
+    return losses
 
 
 def row_indices(batch: Batch) -> torch.Tensor:

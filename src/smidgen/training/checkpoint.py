@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -101,11 +102,11 @@ def save(
             _flush(path)
         os.replace(partial, final)
         _flush(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is either, by which library writes
         shutil.rmtree(partial, ignore_errors=True)
         kept = latest(folder)
         raise TrainingStopped(
-            f"{final}: the checkpoint could not be written: {error.strerror or error}. "
+            f"{final}: the checkpoint could not be written: {error}. "
             + (f"The one of step {kept.step} is intact." if kept else "There is no earlier one.")
         ) from error
     for old in _folders(folder)[keep:] if keep else []:

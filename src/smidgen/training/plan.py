@@ -40,7 +40,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes that the run will hold at its peak, by what they are for; `free` is what the device still has."""
+    """Bytes that the run will hold at its peak, by what they are for.
+
+    free: what the device still has. seconds: of all updates. remedy: a change of the recipe that needs less.
+    """
 
     weights: int
     trained: int
@@ -51,6 +54,7 @@ class Forecast:
     free: int
     micro_batch_tokens: int
     seconds: float
+    remedy: str = ""
 
     @property
     def peak(self) -> int:
@@ -68,11 +72,14 @@ class Forecast:
     def lines(self) -> list[str]:
         """The forecast for people; where it does not fit, with the smallest change that does."""
         names = ("weights", "trained", "gradients", "optimizer", "activations", "logits")
-        parts = "  ".join(f"{name} {_size(getattr(self, name))}" for name in names)
-        fits = "fits" if self.fits else f"does not fit: {_size(self.missing)} more are needed"
+        parts = "  ".join(f"{name} {size_text(getattr(self, name))}" for name in names)
+        fits = (
+            f"fits: {'yes' if self.fits else 'no'} (needs {size_text(self.missing)} more, {size_text(self.free)} free)"
+        )
         return [
             f"memory: {parts}",
-            f"peak: {_size(self.peak)} at {self.micro_batch_tokens:,} tokens at once; {_size(self.free)} free: {fits}",
+            f"peak: {size_text(self.peak)} at {self.micro_batch_tokens:,} tokens at once; "
+            + (fits if self.fits else f"{fits}. Smallest change: {self.remedy}"),
             f"time: about {_duration(self.seconds)}",
         ]
 
@@ -178,6 +185,28 @@ def choose_budget(
     return how
 
 
+def remedy(
+    model: nn.Module,
+    taken: Probe,
+    rows: TokenRows,
+    how: Collating,
+    batch_size: int,
+    updates: int,
+    needed: int,
+    checkpointing: bool,
+) -> str:
+    """The smallest change of the recipe with which at most `needed` bytes are held beside the loaded model."""
+    longest = int(rows.lengths.max())
+    while how.token_budget > longest:
+        how = replace(how, token_budget=max(longest, how.token_budget // 2))
+        found = forecast(model, taken, rows, how, batch_size, updates)
+        if found.missing <= needed:
+            return f"train.micro_batch_tokens={how.token_budget} (peak {size_text(found.peak)})"
+    if not checkpointing:
+        return "train.gradient_checkpointing=true, which holds the activations of one layer at a time"
+    return f"data.max_length={longest // 2}, or a smaller model"
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that the device can still give."""
     if device.type == "cuda":
@@ -191,7 +220,8 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def _size(size: int) -> str:
+def size_text(size: int) -> str:
+    """Bytes as people read them."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from smidgen.adapters.attach import adapted_modules, fold_in_float32
+from smidgen.adapters.attach import weight_changes
 from smidgen.adapters.base import in_adapter
+from smidgen.adapters.files import adapter_state_dict
+from smidgen.data.conversations import conversation_ids
 from smidgen.data.rows import TokenRow, TokenRows
+from smidgen.models.fingerprint import fingerprint
 from smidgen.models.generate import generate_batch
 from smidgen.models.load import stop_token_ids
+from smidgen.models.scores import row_losses
+from smidgen.proofs import RECORD_NAME, Check, lines
 from smidgen.training.loop import evaluate
-from smidgen.training.reload_check import row_losses
 from smidgen.training.setup import Setup
 
 SAMPLES = 4
 SAMPLE_TOKENS = 48
-RELOAD_ROWS = 4
-RELOAD_TOLERANCE = 1e-5
+RECORDED_ROWS = 4
+# A median ||dW|| / ||W|| below this changes few answers.
+LITTLE = 5e-4
+# What a launcher of several processes sets; the process that verifies stands alone.
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TRAIN_ROWS_MEASURED = 64  # where nothing is held out
-
-
-@dataclass(frozen=True)
-class Check:
-    """One claim: what was measured, told in `text`, and whether it holds."""
-
-    name: str
-    passed: bool
-    text: str
-    numbers: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Proof:
 
     def lines(self) -> list[str]:
         """One line for each check."""
-        return [f"{'ok  ' if check.passed else 'FAIL'} {check.text}" for check in self.checks]
+        return lines(self.checks)
 
     def write(self, path: Path) -> None:
         """Write everything as JSON."""
@@ -125,8 +123,8 @@ def check_loss(setup: Setup, before: float, after: float) -> Check:
 
 def check_base(before: str, after: str) -> Check:
     """Training an adapter left the base model as it was."""
-    text = "base model unchanged" if before == after else "the base model was changed"
-    return Check("base", before == after, text, {"fingerprint": after})
+    text = "training left the base as it was" if before == after else "the base model was changed"
+    return Check("frozen", before == after, text, {"fingerprint": after})
 
 
 def snapshot(learners: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -134,7 +132,7 @@ def snapshot(learners: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return {name: _spread(tensor).clone() for name, tensor in learners.items()}
 
 
-def check_moved(setup: Setup, start: Mapping[str, torch.Tensor]) -> Check:
+def check_moved(setup: Setup, start: Mapping[str, torch.Tensor], steps: int) -> Check:
     """Every trained tensor has another value than at the start, and the weights they act on moved by this much."""
     learners = setup.learners
     still = [
@@ -143,45 +141,65 @@ def check_moved(setup: Setup, start: Mapping[str, torch.Tensor]) -> Check:
     if setup.trains_base:
         ratios = [_norm_ratio(_spread(tensor) - start[name], start[name]) for name, tensor in learners.items()]
     else:
-        ratios = list(_weight_changes(setup.model))
+        ratios = [ratio for _, ratio in weight_changes(setup.model)]
     median = float(np.median(ratios)) if ratios else None
     moved = len(learners) - len(still)
     what = "model" if setup.trains_base else "adapter"
     text = f"{what} moved: {moved}/{len(learners)} tensors"
     text += f", ||dW||/||W|| median {median:.1e}" if median is not None else ""
+    if median is not None and median < LITTLE:
+        text += f" ({100 * median:.2g}% of base norm after {steps:,} steps: likely too few, or too low a learning rate)"
     text += f"; still: {', '.join(still[:5])}" if still else ""
     return Check("moved", not still, text, {"moved": moved, "tensors": len(learners), "ratio": median, "still": still})
 
 
-def check_reload(setup: Setup, saved: Path) -> Check:
-    """What was saved, loaded by a fresh process, gives the losses that the trained model gives here."""
+def write_record(setup: Setup, saved: Path, base: str) -> None:
+    """Write what a fresh process has to find again beside what was saved.
+
+    Args:
+        saved: the folder of the adapter or the model; the record goes into the run folder above it.
+        base: the fingerprint of the base before the training.
+    """
     rows = measured_rows(setup)
-    shortest = np.argsort(rows.lengths, kind="stable")[:RELOAD_ROWS].tolist()
+    shortest = np.argsort(rows.lengths, kind="stable")[:RECORDED_ROWS].tolist()
     chosen = [(rows[i].input_ids.tolist(), rows[i].supervised.tolist()) for i in shortest]
-    here = row_losses(setup.model, chosen)
-    request = {
-        "base": str(saved if setup.trains_base else setup.base),
-        "adapter": None if setup.trains_base else str(saved),
+    losses = row_losses(setup.model, chosen)
+    tokenizer = copy.deepcopy(setup.tokenizer)
+    tokenizer.chat_template = setup.data.template or setup.tokenizer.chat_template
+    tensors = setup.learners if setup.trains_base else adapter_state_dict(setup.model, setup.model.active_adapter)
+    record = {
+        "base": setup.recipe.model,
+        "base_fingerprint": base,
+        "fingerprint": fingerprint(setup.model),
         "dtype": str(base_dtype(setup.model)).removeprefix("torch."),
         "device": str(setup.model.device),
         "threads": torch.get_num_threads(),
-        "rows": chosen,
+        "tensors": len(tensors),
+        "trained": list(setup.learners),
+        "rows": [
+            {"ids": ids, "supervised": learned, "loss": loss}
+            for (ids, learned), loss in zip(chosen, losses, strict=True)
+        ],
+        "conversations": conversation_ids(tokenizer),
+        "stop_tokens": sorted(stop_token_ids(setup.model, setup.tokenizer)),
     }
+    (saved.parent / RECORD_NAME).write_text(json.dumps(record), encoding="utf-8")
+
+
+def verify_afresh(folder: Path) -> list[Check]:
+    """The checks of ``smidgen verify``, made by a process of its own from the files of the run folder."""
     process = subprocess.run(
-        [sys.executable, "-m", "smidgen.training.reload_check"],
-        input=json.dumps(request),
+        [sys.executable, "-m", "smidgen", "verify", str(folder), "--json"],
         capture_output=True,
         encoding="utf-8",
+        env={name: value for name, value in os.environ.items() if name not in LAUNCHED},
         check=False,
     )
-    if process.returncode:
+    try:
+        return [Check(**check) for check in json.loads(process.stdout)]
+    except ValueError:
         told = process.stderr.strip().splitlines()[-1:] or ["no message"]
-        return Check("reload", False, f"reload in a fresh process failed: {told[0]}", {})
-    there = json.loads(process.stdout.splitlines()[-1])
-    worst = max(abs(a - b) for a, b in zip(here, there, strict=True))
-    same = "equal to the bit" if here == there else f"largest difference {worst:.1e}"
-    text = f"reload in a fresh process: loss of {len(here)} rows {same}"
-    return Check("reload", worst <= RELOAD_TOLERANCE, text, {"here": here, "fresh": there, "largest_difference": worst})
+        return [Check("verify", False, f"verifying in a fresh process failed: {told[0]}", {})]
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:
@@ -216,14 +234,6 @@ def _text(setup: Setup, ids: list[int], special: bool = True) -> str:
 def _spread(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().flatten()
     return flat[:: max(1, flat.numel() // 4096)]
-
-
-@torch.no_grad()
-def _weight_changes(model: nn.Module) -> Iterator[float]:
-    """||dW|| / ||W|| of every weight that the adapter acts on."""
-    for _, module in adapted_modules(model):
-        weight = fold_in_float32(module, [])["weight"].float()
-        yield _norm_ratio(fold_in_float32(module, list(module.adapters))["weight"].float() - weight, weight)
 
 
 def _norm_ratio(change: torch.Tensor, whole: torch.Tensor) -> float:

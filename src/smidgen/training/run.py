@@ -5,6 +5,7 @@
     log.jsonl          one line for each logged step
     checkpoints/       step-N, see `training.checkpoint`
     adapter/ or model/ what was trained, with the tokenizer, its chat template and the stop tokens
+    record.json        what `smidgen verify` has to find again from these files
     proof.json         what was checked at the end, with numbers, and samples
 
 `smidgen train` adds ``report.html``, the same for people (`evaluation.report`).
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch import nn
 
 from smidgen.errors import TrainingStopped, UsageError
@@ -34,7 +36,9 @@ from smidgen.recipe import Recipe, difference, load_recipe, recipe_hash
 from smidgen.training import checkpoint, proof
 from smidgen.training.guards import check_disk, check_finite
 from smidgen.training.loop import Loop
+from smidgen.training.memory import PeakMemory, held, telling_out_of_memory
 from smidgen.training.optimizers import updates_of
+from smidgen.training.plan import size_text
 from smidgen.training.setup import Say, Setup, make_trainable, plan, prepare
 
 PARTS = (
@@ -44,6 +48,7 @@ PARTS = (
     "checkpoints",
     "adapter",
     "model",
+    "record.json",
     "proof.json",
     "report.html",
     "trackers",
@@ -85,11 +90,13 @@ def train(
     if not accelerator.is_main_process:
         say = _silent
     set_seed(recipe.seed)
+    idle = held(accelerator.device)
     setup = prepare(recipe, init_adapter, say, accelerator.device)
     base = fingerprint(setup.model)
     before = proof.measure(setup, accelerator) if setup.trains_base else None
     make_trainable(setup, say)
-    forecast = plan(setup, say)
+    with telling_out_of_memory(lambda: "before the first step", lambda: "Try a smaller data.max_length or model"):
+        forecast = plan(setup, say)
     start = proof.snapshot(setup.learners)
     loop = _loop(setup, folder, accelerator)
     if found and found.state["data"] != loop.state["data"]:
@@ -100,11 +107,15 @@ def train(
     if found:
         loop.resume(found)
         say(f"resumed from {found.folder}: step {found.step} of {loop.total}")
-    try:
+    with (
+        telling_out_of_memory(
+            lambda: f"in step {loop.step + 1}; this was the forecast",
+            lambda: "\n".join([*forecast.lines(), f"smallest change: {forecast.remedy}"]),
+        ),
+        PeakMemory(accelerator.device) as memory,
+    ):
         loop.fit()
-    except torch.OutOfMemoryError as error:
-        told = "\n".join(forecast.lines())
-        raise TrainingStopped(f"out of memory in step {loop.step + 1}; this was the forecast:\n{told}") from error
+    say(f"memory: forecast {size_text(forecast.peak)}, measured {size_text(memory.peak - idle)} at the peak")
 
     # Rounding changes what was evaluated last, training is over otherwise.
     known = None if setup.autocast else loop.held_out_loss
@@ -117,10 +128,13 @@ def train(
     if before is None:
         with setup.model.disable_adapter():
             before = proof.measure(setup, accelerator)
-    checks = [proof.check_loss(setup, before.loss, after.loss), proof.check_moved(setup, start)]
+    checks = [proof.check_loss(setup, before.loss, after.loss), proof.check_moved(setup, start, loop.total)]
     if not setup.trains_base:
         checks.append(proof.check_base(base, fingerprint(setup.model)))
-    checks.append(proof.check_reload(setup, saved))
+    if accelerator.is_main_process:
+        proof.write_record(setup, saved, base)
+        say("verifying what was saved in a fresh process")
+        checks += proof.verify_afresh(folder)
     result = proof.Proof(checks, proof.samples_of(setup, before, after))
     if accelerator.is_main_process:
         result.write(folder / "proof.json")
@@ -230,20 +244,32 @@ def _narrow(setup: Setup) -> None:
 
 
 def _save(setup: Setup, folder: Path) -> None:
-    """Write what was trained, with everything that is needed to use it; the folder appears complete."""
+    """Write what was trained, with everything that is needed to use it; the folder appears complete.
+
+    Raises:
+        TrainingStopped: a tensor is not finite, or the disk is full; what was there before is as it was.
+    """
     check_finite(setup.learners.items())
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with quiet():
-        setup.model.save_pretrained(partial)
-    tokenizer = copy.deepcopy(setup.tokenizer)
-    tokenizer.chat_template = setup.data.template or tokenizer.chat_template
-    tokenizer.save_pretrained(partial)
-    generation = copy.deepcopy(setup.model.generation_config)
-    generation.eos_token_id = sorted(stop_token_ids(setup.model, setup.tokenizer))
-    generation.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    try:
+        with quiet():
+            setup.model.save_pretrained(partial)
+        tokenizer = copy.deepcopy(setup.tokenizer)
+        tokenizer.chat_template = setup.data.template or tokenizer.chat_template
+        tokenizer.save_pretrained(partial)
+        generation = copy.deepcopy(setup.model.generation_config)
+        generation.eos_token_id = sorted(stop_token_ids(setup.model, setup.tokenizer))
+        generation.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:  # a full disk is either, by which library writes
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = checkpoint.latest(folder.parent / "checkpoints")
+        raise TrainingStopped(
+            f"{folder}: could not be written: {error}. "
+            + (f"Free some space and go on from step {kept.step} with --resume" if kept else "No checkpoint was kept")
+        ) from error
 
 
 # ---- accelerate ----

@@ -27,7 +27,7 @@ from smidgen.recipe import Recipe, adapter_config
 from smidgen.registry import METHODS
 from smidgen.training.objectives import OBJECTIVES, Collating, Objective
 from smidgen.training.optimizers import updates_of
-from smidgen.training.plan import PREFERRED_TOKENS, Forecast, choose_budget, forecast, probe
+from smidgen.training.plan import PREFERRED_TOKENS, Forecast, choose_budget, forecast, probe, remedy
 
 Say = Callable[[str], None]
 
@@ -144,12 +144,11 @@ def plan(setup: Setup, say: Say) -> Forecast:
         setup.how = choose_budget(setup.model, taken, rows, setup.how, train.batch_size, updates)
     found = forecast(setup.model, taken, rows, setup.how, train.batch_size, updates)
     say(f"updates: {updates:,} of {train.batch_size} rows")
+    needed = found.free if not found.fits else found.missing - 1
+    advice = remedy(
+        setup.model, taken, rows, setup.how, train.batch_size, updates, needed, train.gradient_checkpointing
+    )
+    found = replace(found, remedy=advice)
     for line in found.lines():
         say(line)
-    if not found.fits:
-        smaller = replace(setup, how=choose_budget(setup.model, taken, rows, setup.how, train.batch_size, updates)).how
-        if forecast(setup.model, taken, rows, smaller, train.batch_size, updates).fits:
-            say(f"smallest change that fits: train.micro_batch_tokens={smaller.token_budget}")
-        else:
-            say("it may fit with train.gradient_checkpointing=true, a smaller data.max_length or a smaller model")
     return found

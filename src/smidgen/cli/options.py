@@ -1,8 +1,16 @@
-"""What `chat` and `generate` share."""
+"""Options that several commands have."""
 
 from __future__ import annotations
 
+from typing import Annotated, TypeAlias
+
+import typer
+
 from smidgen.errors import UsageError
+
+# Options of every command that loads an adapter.
+Base: TypeAlias = Annotated[str | None, typer.Option(help="The base model, if it is not where the run says.")]
+Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Load an adapter onto another base than its own.")]
 
 
 def adapter_switch(value: str) -> bool:

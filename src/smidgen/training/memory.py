@@ -1,0 +1,65 @@
+"""Memory while a run goes on: how much it took, and what is told when there is none left."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Self
+
+import psutil
+import torch
+
+from smidgen.errors import TrainingStopped
+
+_PAUSE = 0.01  # seconds between two looks at the process
+
+
+def held(device: torch.device) -> int:
+    """Bytes that this process holds on the device; on a CPU all of the process, its libraries too."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return psutil.Process().memory_info().rss
+
+
+class PeakMemory:
+    """Inside the block, `peak` becomes the most bytes held on a device, looked at a hundred times a second."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._done = device, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.peak = held(device)
+
+    def __enter__(self) -> Self:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+        if self._device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self._device)
+
+    def _watch(self) -> None:
+        while not self._done.wait(_PAUSE):
+            self.peak = max(self.peak, held(self._device))
+
+
+@contextmanager
+def telling_out_of_memory(where: Callable[[], str], advice: Callable[[], str]) -> Iterator[None]:
+    """Where memory ends inside the block, say where that was and what to do.
+
+    Raises:
+        TrainingStopped: in place of what torch or Python raise then, which differs by device.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        words = ("can't allocate memory", "not enough memory", "out of memory")
+        if isinstance(error, RuntimeError) and not any(word in str(error).lower() for word in words):
+            raise
+        raise TrainingStopped(f"out of memory {where()}.\n{advice()}") from error
