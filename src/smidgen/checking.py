@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from smidgen.drafts import Draft, Place, dotted
 from smidgen.errors import SmidgenError, did_you_mean
+from smidgen.foreign import shown
 
 _WORDS = {
     "int_type": "must be a whole number",
@@ -46,24 +47,31 @@ def check(draft: Draft, kind: type, data: Any, place: Place, unknown: Callable[[
     try:
         return build(kind, data)
     except ValidationError as error:
-        wrong: dict[Place, list[str]] = {}  # a value that fits no member of a union has a finding for each
         for finding in error.errors(include_url=False):
             where = place + _locate(data, finding["loc"])[0]
             if finding["type"] == "missing":
                 draft.problem(where, f"{dotted(where) or 'recipe'}: the field '{finding['loc'][-1]}' is missing")
             elif finding["type"] == "unexpected_keyword_argument":
                 draft.problem(where, f"{dotted(where[:-1]) or 'recipe'}: {unknown(where[:-1], str(where[-1]))}")
-            else:
-                wrong.setdefault(where, []).append(_wanted(finding))
-        for where, wanted in wrong.items():
-            value = _locate(data, where[len(place) :])[1]
-            first, *others = dict.fromkeys(wanted)
-            told = " or ".join([first, *(other.removeprefix("must be ") for other in others)])
-            near = did_you_mean(str(value), re.findall(r"'([^']*)'", told))
-            draft.problem(where, f"{dotted(where)}: {told}, got {_told(value)}{near}")
+        for where, message in wrong_values(error, data):
+            draft.problem(place + where, f"{dotted(place + where)}: {message}")
     except SmidgenError as error:  # of the dataclass's own checks
         draft.problem(place, f"{dotted(place)}: {error}")
     return None
+
+
+def wrong_values(error: ValidationError, data: Any) -> Iterator[tuple[Place, str]]:
+    """Yield where in `data` a value is wrong, and what it must be instead."""
+    wrong: dict[Place, list[str]] = {}  # a value that fits no member of a union has a finding for each
+    for finding in error.errors(include_url=False):
+        if finding["type"] not in ("missing", "unexpected_keyword_argument"):
+            wrong.setdefault(_locate(data, finding["loc"])[0], []).append(_wanted(finding))
+    for where, wanted in wrong.items():
+        value = _locate(data, where)[1]
+        first, *others = dict.fromkeys(wanted)
+        told = " or ".join([first, *(other.removeprefix("must be ") for other in others)])
+        near = did_you_mean(str(value), re.findall(r"'([^']*)'", told))
+        yield where, f"{told}, got {_told(value)}{near}"
 
 
 @functools.cache
@@ -88,4 +96,4 @@ def _wanted(finding: Any) -> str:
 
 def _told(value: Any) -> str:
     kinds: dict[type, str] = {dict: "a mapping", list: "a list", type(None): "nothing"}
-    return kinds.get(type(value)) or json.dumps(value, default=str, ensure_ascii=False)
+    return kinds.get(type(value)) or shown(json.dumps(value, default=str, ensure_ascii=False))

@@ -5,6 +5,7 @@ Of the language's features, what a recipe needs: one document of plain values, l
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any, TypeAlias
 import yaml
 
 from smidgen.errors import RecipeError, did_you_mean, raise_all
+from smidgen.foreign import is_unicode, read_text, shown
 
 Place: TypeAlias = tuple[str | int, ...]  # where a value stands: ("data", "train", 0, "path")
 
-_MAX_BYTES = 1_000_000
+_MAX_BYTES = 100_000  # a recipe has some three thousand
 _MAX_NODES = 10_000  # a recipe has some fifty; aliases can make a small file huge
+_DEEPEST, _MOST_BRACKETS = 32, 100
 _PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+_LARGEST_BITS = 64
 _LAST = 10**9  # mistakes that stand on no line are told after those that do
 
 
@@ -74,9 +78,13 @@ class Draft:
         if not equals or not all(place):
             self.problems.append((_LAST, f"{origin}: must be of the form key.path=value, such as train.epochs=3"))
             return
+        read = Draft(self.path)
         try:
-            value = yaml.load(written, _Loader)
-        except (yaml.YAMLError, ValueError, RecursionError):
+            value = _value(written, read)
+        except (yaml.YAMLError, RecipeError, RecursionError):
+            value = None
+            read.problem((), "not valid YAML")
+        if read.problems:
             self.problems.append((_LAST, f"{origin}: the value is not valid YAML"))
             return
         into: Any = self.data
@@ -112,20 +120,12 @@ def read_draft(path: Path) -> Draft:
     """
     draft = Draft(path)
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise RecipeError(f"{path}: larger than {_MAX_BYTES:,} bytes; this is no recipe")
-        loader = _Loader(path.read_text(encoding="utf-8-sig"))
-        node = loader.get_single_node()
-        if node is None:
+        if not os.path.exists(path):
+            near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.y*ml")])
+            raise RecipeError(f"{path}: no such file{near}")
+        value = _value(_flat(read_text(path, RecipeError, _MAX_BYTES)), draft)
+        if value is None:
             raise RecipeError(f"{path}: the file is empty; a recipe needs model, adapter, data and output")
-        value = _Reader(loader, draft).value(node, ())
-    except FileNotFoundError:
-        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.y*ml")])
-        raise RecipeError(f"{path}: no such file{near}") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except RecursionError:
         raise RecipeError(f"{path}: nested too deeply, or an alias that contains itself") from None
     except yaml.MarkedYAMLError as error:
@@ -139,6 +139,23 @@ def read_draft(path: Path) -> Draft:
     return draft
 
 
+def _flat(text: str) -> str:
+    """Answer `text`, if its brackets are not nested absurdly: the YAML reader would take long to give up."""
+    depth = 0
+    for bracket in re.findall(r"[\[{}\]]", text):
+        depth = max(0, depth + (1 if bracket in "[{" else -1))
+        if depth > _MOST_BRACKETS:
+            raise RecursionError
+    return text
+
+
+def _value(text: str, draft: Draft) -> Any:
+    """The value of a YAML text; None where there is none."""
+    loader = _Loader(text)
+    node = loader.get_single_node()
+    return None if node is None else _Reader(loader, draft).value(node, ())
+
+
 class _Reader:
     """Builds values from YAML nodes and writes down the line of each."""
 
@@ -149,6 +166,10 @@ class _Reader:
         self.nodes += 1
         if self.nodes > _MAX_NODES:
             raise RecipeError(f"{self.draft.path}: more than {_MAX_NODES:,} values, aliases counted; this is no recipe")
+        if len(place) > _DEEPEST:
+            raise RecipeError(
+                f"{self.draft.path}: nested too deeply, more than {_DEEPEST} levels, or an alias that contains itself"
+            )
         self.draft.lines.setdefault(place, node.start_mark.line + 1)
         if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN:
             self.draft.problem(place, f"{dotted(place)}: the YAML tag '{node.tag}' is not read")
@@ -157,16 +178,23 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*place, index)) for index, item in enumerate(node.value)]
         try:
-            return self.loader.construct_object(node)
-        except ValueError as error:  # such as a date that does not exist
-            self.draft.problem(place, f"{dotted(place)}: cannot be read: {error}")
+            value = self.loader.construct_object(node)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:  # dates, tags
+            self.draft.problem(place, f"{dotted(place)}: cannot be read: {shown(error)}")
             return None
+        if isinstance(value, int) and value.bit_length() > _LARGEST_BITS:
+            self.draft.problem(place, f"{dotted(place)}: the number has more than {_LARGEST_BITS} bits")
+            return None
+        if isinstance(value, str) and not is_unicode(value):
+            self.draft.problem(place, f"{dotted(place)}: holds half of a character, such as \\ud800 alone")
+            return None
+        return value
 
     def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode) or not is_unicode(key_node.value):
                 self.draft.problem_on(line, "a field name must be plain text")
                 continue
             key = key_node.value

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_MOST = 50  # mistakes told at once
+_LONGEST_WORD = 100  # whose nearest spelling is looked for
+
 
 class SmidgenError(Exception):
     """Base of all errors that are told to the user as a plain message, without a traceback."""
@@ -50,6 +53,8 @@ class TrainingStopped(SmidgenError):
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """Answer ``"; did you mean 'x'?"`` for the nearest spelling among `candidates`, or an empty string."""
+    if len(word) > _LONGEST_WORD:
+        return ""
     near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
 
@@ -57,4 +62,5 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 def raise_all(error: type[SmidgenError], problems: list[str]) -> None:
     """Raise one `error` with a line for each problem; do nothing when there is none."""
     if problems:
-        raise error("\n".join(problems))
+        more = [f"... and {len(problems) - _MOST:,} more"] if len(problems) > _MOST else []
+        raise error("\n".join([*problems[:_MOST], *more]))

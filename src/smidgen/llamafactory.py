@@ -8,13 +8,15 @@ LLaMA-Factory's defaults, not smidgen's.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from smidgen.drafts import Place, dotted
-from smidgen.errors import did_you_mean
+from smidgen.errors import RecipeError, did_you_mean
+from smidgen.foreign import read_object
 from smidgen.llamafactory_keys import NO_EFFECT, NO_EFFECT_PREFIXES, REFUSED, SAME
 
 _MARKS = {"finetuning_type", "stage", "lora_rank", "lora_target", "dataset", "dataset_dir", "cutoff_len", "template"}
@@ -191,7 +193,7 @@ def _numbers(config: _Translator) -> None:
 
 def _reports(config: _Translator) -> None:
     trackers = config.take("report_to", [])
-    trackers = [trackers] if isinstance(trackers, str) else trackers
+    trackers = trackers if isinstance(trackers, list) else [trackers]
     if config.take("use_swanlab", False):
         trackers = [*trackers, "swanlab"]
     config.put(("train", "report_to"), [name for name in trackers if name != "none"], "report_to", "use_swanlab")
@@ -226,6 +228,11 @@ def _data(config: _Translator) -> None:
         config.put(("train", "eval_steps"), steps or config.given.get("logging_steps", 500), "eval_steps")
     elif strategy == "epoch":
         config.note("eval_strategy", "held-out rows are evaluated every 'train.eval_steps' updates, and at the end")
+    for key in ("add_tokens", "add_special_tokens"):
+        if names := config.take(key):
+            config.put(("data", key), _names(names), key)
+    if config.take("resize_vocab") is not None:
+        config.note("resize_vocab", "the vocabulary grows by as many rows as the new tokens need")
     if config.take("train_on_prompt", False):
         config.put(("data", "train_on"), "all", "train_on_prompt")
     pretraining = config.result.data.get("objective") == "pretrain"
@@ -238,24 +245,32 @@ def _sources(config: _Translator, key: str, names: Any, folder: Path) -> list[di
     """Answer the files that the names of data sets stand for."""
     listing = folder / "dataset_info.json"
     known: Any = {}
-    if listing.is_file():
+    if os.path.isfile(listing):
         try:
-            known = json.loads(listing.read_text(encoding="utf-8"))
-        except ValueError as error:
-            config.problem(key, f"{listing}: not valid JSON: {error}")
+            known = read_object(listing, RecipeError)
+        except RecipeError as error:
+            config.problem(key, str(error))
             return []
     sources = []
     for name in _names(names):
         if name in known:
-            sources.append(_source(config, key, name, known[name], folder))
-        elif files := [path for path in (folder / name, *sorted(folder.glob(f"{name}.*"))) if path.is_file()]:
+            entry = known[name] if isinstance(known[name], dict) else {}
+            sources.append(_source(config, key, name, entry, folder))
+        elif files := [path for path in (folder / name, *_called(folder, name)) if os.path.isfile(path)]:
             sources.append({"path": str(files[0])})
         else:
-            stems = [path.stem for path in folder.glob("*.*")] if folder.is_dir() else []
+            stems = [path.stem for path in folder.glob("*.*")] if os.path.isdir(folder) else []
             config.problem(
                 key, f"'{name}' is neither in {listing} nor a file in {folder}{did_you_mean(name, [*known, *stems])}"
             )
     return sources
+
+
+def _called(folder: Path, name: str) -> list[Path]:
+    """The files of a folder that are called `name`, with any ending."""
+    return (
+        sorted(path for path in folder.iterdir() if path.name.startswith(f"{name}.")) if os.path.isdir(folder) else []
+    )
 
 
 # LLaMA-Factory's names for columns -> the names that its formats have in the file.
@@ -273,7 +288,11 @@ _TAGS = {
 
 def _source(config: _Translator, key: str, name: str, entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Answer the file of one entry of ``dataset_info.json``, with the names of its columns."""
-    if "file_name" not in entry:
+    kinds = {"file_name": str, "tags": dict, "columns": dict}
+    if wrong := [field for field, kind in kinds.items() if not isinstance(entry.get(field) or kind(), kind)]:
+        config.problem(key, f"'{name}': dataset_info.json: {', '.join(wrong)} of a wrong kind")
+        return {"path": str(folder / name)}
+    if not entry.get("file_name"):
         config.problem(key, f"'{name}' is not a local file; download it, and give 'file_name' in dataset_info.json")
         return {"path": str(folder / name)}
     source: dict[str, Any] = {"path": str(folder / entry["file_name"])}
@@ -293,7 +312,9 @@ def _source(config: _Translator, key: str, name: str, entry: Mapping[str, Any], 
 
 
 def _names(value: Any) -> list[str]:
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else [str(name) for name in value]
+    return (
+        [str(name) for name in value] if isinstance(value, list) else [name.strip() for name in str(value).split(",")]
+    )
 
 
 def _json(value: Any) -> str:

@@ -55,9 +55,9 @@ NO_EFFECT: dict[str, str] = dict.fromkeys(
     "torch_compile": "changes the speed alone",
     "group_by_length": "micro-batches are always cut by length",
     "ignore_pad_token_for_loss": "padding never counts in the loss",
-    "deepspeed": "how a model is spread over devices is said to 'accelerate launch'",
-    "fsdp": "how a model is spread over devices is said to 'accelerate launch'",
-    "fsdp_config": "how a model is spread over devices is said to 'accelerate launch'",
+    "deepspeed": "write 'fsdp: full_shard' in 'train' of a recipe of smidgen's own, and start it with --processes",
+    "fsdp": "write 'fsdp: full_shard' in 'train' of a recipe of smidgen's own, and start it with --processes",
+    "fsdp_config": "write 'fsdp: full_shard' in 'train' of a recipe of smidgen's own, and start it with --processes",
     "push_to_hub": "nothing is uploaded",
     "cache_dir": "set the environment variable HF_HOME",
     "hf_hub_token": "set the environment variable HF_TOKEN, and take the secret out of the file",
@@ -115,10 +115,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "freeze_trainable_modules": (("all",), "whole layers are trained"),
 }
 _SWITCHES = """
-    " add_special_tokens add_tokens create_new_adapter dataloader_drop_last disable_shuffling early_stopping_steps
+    create_new_adapter dataloader_drop_last disable_shuffling early_stopping_steps
     eval_on_each_dataset fp8 freeze_extra_modules freeze_language_model ignore_data_skip label_smoothing_factor
     load_best_model_at_end loraplus_lr_ratio mixture_of_depths moe_aux_loss_coef neftune_noise_alpha
-    new_special_tokens_config optim_args optim_target_modules pissa_convert preserve_thinking resize_vocab
+    new_special_tokens_config optim_args optim_target_modules pissa_convert preserve_thinking
     rope_scaling shift_attn split_special_tokens train_from_scratch upcast_layernorm upcast_lmhead_output
     use_adam_mini use_apollo use_asft_loss use_badam use_dft_loss use_eaft_loss use_galore use_hyper_parallel use_kt
     use_llama_pro use_mca use_muon

@@ -61,6 +61,8 @@ class DataRecipe:
     packing: whether several rows share one sequence; None: chosen, and said.
     train_on: whether the loss counts the completion alone or every token.
     limit: only the first n rows of each file.
+    add_tokens, add_special_tokens: new tokens; only their rows of the embedding are trained, beside the adapter.
+        Special ones are left out of decoded answers.
     """
 
     train: Annotated[list[Source], Field(min_length=1)]
@@ -74,6 +76,8 @@ class DataRecipe:
     packing: bool | None = None
     train_on: Literal["completion", "all"] = "completion"
     limit: Positive | None = None
+    add_tokens: list[Annotated[str, Field(min_length=1)]] | None = None
+    add_special_tokens: list[Annotated[str, Field(min_length=1)]] | None = None
 
     __pydantic_config__ = _FORBID
 
@@ -90,6 +94,7 @@ class TrainRecipe:
     save_steps: updates between two checkpoints; None: only when the run is stopped (what was learned is saved anyway).
     save_total_limit: how many checkpoints are kept; None: all.
     report_to: names of trackers: tensorboard, wandb, mlflow, trackio...
+    fsdp: "full_shard": parameters, gradients and optimizer states are spread over the processes.
     """
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -109,6 +114,7 @@ class TrainRecipe:
     save_steps: Positive | None = None
     save_total_limit: Positive | None = None
     report_to: list[str] = field(default_factory=list)
+    fsdp: Literal["full_shard"] | None = None
 
     __pydantic_config__ = _FORBID
 
@@ -346,6 +352,8 @@ def _contradictions(data: dict[str, Any]) -> Iterator[tuple[Place, str]]:
         yield ("train", "eval_steps"), "there are no held-out rows; give 'data.eval' or 'data.eval_size'"
     if train.get("save_total_limit") is not None and train.get("save_steps") is None:
         yield ("train", "save_total_limit"), "no checkpoints are written on the way; give 'train.save_steps'"
+    if train.get("fsdp") is not None and train.get("dtype") == "float16":
+        yield ("train", "fsdp"), "float16 needs scaled losses, which sharded gradients lack; take 'dtype: bfloat16'"
     for key in ("train", "eval"):
         sources = rows.get(key)
         sources = sources if isinstance(sources, list) else []

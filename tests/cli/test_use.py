@@ -41,7 +41,7 @@ def test_inspect(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert f"base: {run.parent / 'base'} (fingerprint " in told
     assert "sits at 14 modules: " in told and "q_proj x2" in told
     assert "moves: 14 of 14 modules\n" in told
-    assert "proof: ok   reload in a fresh process" in told
+    assert "proof: ok   reload: loss of" in told
     assert smidgen(monkeypatch, "inspect", run.parent / "base") == 0
     assert "model: llama" in capsys.readouterr().out
     assert smidgen(monkeypatch, "inspect", run.parent) == 2

@@ -93,9 +93,9 @@ def test_columns_rename_fields():
         ({"conversations": [{"from": "human"}]}, r"conversations\[0\]: 'value' must be text, got null"),
         (
             {"conversations": [{"from": "function_call", "value": "no"}]},
-            r"conversations\[0\]: a function call must be JSON",
+            r"conversations\[0\]: a function call: not valid JSON",
         ),
-        ({"messages": [user("a"), assistant("b")], "tools": "{"}, "field 'tools' must be JSON"),
+        ({"messages": [user("a"), assistant("b")], "tools": "{"}, "field 'tools': not valid JSON"),
     ],
 )
 def test_rows_of_a_wrong_type_are_mistakes(row, words):

@@ -73,7 +73,7 @@ def test_a_bad_line_is_named(write, line, words):
 def test_a_line_of_many_megabytes_is_refused_in_bounded_memory(write):
     good = json.dumps(ALPACA).encode() + b"\n"
     path = write(good + b'{"text": "' + b"x" * (3 * LONGEST_LINE) + b'"}\n' + good)
-    assert told(path) == "train.jsonl:2: line is longer than 32 MiB."
+    assert told(path) == "train.jsonl:2: line is longer than 8 MiB."
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ SOURCE = Path(smidgen.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 FLOORS = {
-    **dict.fromkeys(("errors", "proofs", "drafts", "registry", "checking", "llamafactory_keys", "llamafactory", "recipe"), 0),
+    **dict.fromkeys("errors foreign safetensors_header proofs drafts registry checking".split(), 0),
+    **dict.fromkeys(("llamafactory_keys", "llamafactory", "recipe"), 0),
     **dict.fromkeys(("losses", "quant", "kernels"), 1),
     **dict.fromkeys(("adapters", "data"), 2),
     **dict.fromkeys(("models",), 3),

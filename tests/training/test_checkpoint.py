@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import random
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,17 +51,34 @@ def test_a_process_killed_while_saving_leaves_the_earlier_checkpoint(tmp_path):
     assert newest and newest.step == 2
 
 
-def test_a_full_disk_stops_the_run_and_keeps_what_there_is(tmp_path, monkeypatch):
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """Answers a function after whose call no file grows beyond so many bytes: the writing library itself fails."""
+    resource = pytest.importorskip("resource")
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("room", [0, 1000, 30_000])
+def test_a_full_disk_stops_the_run_and_keeps_what_there_is(tmp_path, full_disk, room):
+    loop = make_loop(tiny_lora(), ROWS, tmp_path, max_steps=3, save_steps=3)
+    loop.fit()
+    loop.step = 4
+    full_disk(room)  # the weights are smaller than the last, the optimizer's moments larger
+    with pytest.raises(TrainingStopped, match=r"could not be written: .*step 3 is intact"):
+        loop.save()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
+
+
+def test_room_for_the_next_checkpoint_is_looked_at_before_it_is_written(tmp_path, monkeypatch):
     loop = make_loop(tiny_lora(), ROWS, tmp_path)
     loop.step = 3
     loop.save()
     loop.step = 4
-
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(TrainingStopped, match=r"No space left on device.*step 3 is intact"):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(TrainingStopped, match=r"GB are needed .*step 3 is intact"):
         loop.save()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
 
@@ -105,8 +124,9 @@ def test_all_random_generators_are_put_back(tmp_path):
 def test_another_format_is_refused(tmp_path):
     folder = make_loop(tiny_lora(), ROWS, tmp_path).save()
     state = folder / "state.json"
-    state.write_text(state.read_text(encoding="utf-8").replace('"format": 1', '"format": 7'), encoding="utf-8")
-    with pytest.raises(UsageError, match="checkpoint format 7, this version reads 1"):
+    known = f'"format": {checkpoint.FORMAT}'
+    state.write_text(state.read_text(encoding="utf-8").replace(known, '"format": 7'), encoding="utf-8")
+    with pytest.raises(UsageError, match=f"checkpoint format 7, this version reads {checkpoint.FORMAT}"):
         checkpoint.latest(tmp_path / "checkpoints")
 
 

@@ -51,7 +51,7 @@ def test_check_fails_where_the_run_does_not_fit(tmp_path, command, capsys, monke
     monkeypatch.setattr("smidgen.training.plan.free_memory", lambda device: 1000)
     assert command("check", str(write_recipe(tmp_path)), "train.micro_batch_tokens=512") == 2
     told = capsys.readouterr()
-    assert "does not fit" in told.out and "it may fit with train.gradient_checkpointing=true" in told.out
+    assert "fits: no (needs" in told.out and "Smallest change: train.gradient_checkpointing=true" in told.out
 
 
 def test_train_writes_the_report_and_leaves_with_1_where_the_proof_fails(tmp_path, command, capsys):

@@ -12,8 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from pydantic import ConfigDict, ValidationError
+
+from smidgen.checking import build, wrong_values
+from smidgen.drafts import dotted
 from smidgen.errors import AdapterFileError, UsageError, did_you_mean, raise_all
+from smidgen.foreign import contained, read_object, shown
 from smidgen.registry import METHODS
+
+# Of the names or characters of one field, and of its patterns: more is no adapter that somebody trained.
+_LARGEST_FIELD, _MOST_PATTERNS = 10_000, 1000
 
 CONFIG_NAME = "adapter_config.json"
 # Adapter files say which release of the format they follow.
@@ -50,6 +58,8 @@ class PeftConfig:
         inference_mode: the adapter is frozen.
         modules_to_save: names of modules that get a fully trained copy, saved with the adapter.
     """
+
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
 
     peft_type: ClassVar[str] = ""
     # Fields of the same method in adapter files that change the maths and are not offered here.
@@ -96,12 +106,7 @@ class PeftConfig:
 
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         path = adapter_folder(pretrained_model_name_or_path, **hub) / CONFIG_NAME
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise AdapterFileError(f"{path}: cannot be read as JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise AdapterFileError(f"{path}: must hold a JSON object, got {type(fields).__name__}")
+        fields = read_object(contained(path.parent, path.name, AdapterFileError), AdapterFileError)
         return cls.from_dict(fields | kwargs, place=str(path))
 
     @classmethod
@@ -114,7 +119,7 @@ class PeftConfig:
         Raises:
             AdapterFileError: a field is unknown to the method, or asks for what smidgen does not do.
         """
-        peft_type = str(fields.get("peft_type", "")).upper()
+        peft_type = shown(fields.get("peft_type", "")).upper()
         config_classes = [entry.load().config_class for entry in METHODS.values()]
         classes = {known.peft_type: known for known in config_classes if issubclass(known, PeftConfig)}
         if peft_type not in classes:
@@ -128,12 +133,19 @@ class PeftConfig:
         for name in fields.keys() - known - ignored:
             off = config_class.refused.get(name, ...)
             if off is ...:
-                problems.append(f"{place}: no field '{name}'{did_you_mean(name, known)}")
+                problems.append(f"{place}: no field '{shown(name)}'{did_you_mean(name, known)}")
             elif fields[name] not in (off, None, False, {}, []):
-                problems.append(f"{place}: {name}={fields[name]!r} is not supported")
+                problems.append(f"{place}: {name}={shown(repr(fields[name]))} is not supported")
         raise_all(AdapterFileError, sorted(problems))
-        values = {name: fields[name] for name in known & fields.keys()}
+        values = {name: fields[name] for name in known & fields.keys() if fields[name] is not None}
+        for name, value in values.items():
+            most = _MOST_PATTERNS if isinstance(value, dict) else _LARGEST_FIELD
+            if isinstance(value, list | dict | str) and len(value) > most:
+                raise AdapterFileError(f"{place}: {name}: {len(value):,} entries, more than {most:,}")
         try:
-            return config_class(**values)
-        except (TypeError, ValueError, UsageError) as error:
+            return build(config_class, values)
+        except ValidationError as error:
+            lines = [f"{place}: {dotted(where)}: {message}" for where, message in wrong_values(error, values)]
+            raise AdapterFileError("\n".join(lines)) from error
+        except UsageError as error:
             raise AdapterFileError(f"{place}: {error}") from error

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from smidgen.adapters.attach import adapters_of
 from smidgen.adapters.base import Adapter
 from smidgen.adapters.config import CONFIG_NAME, PeftConfig
-from smidgen.adapters.trained import Mirror
+from smidgen.adapters.trained import Mirror, TrainedCopy
 from smidgen.errors import AdapterFileError, did_you_mean
+from smidgen.foreign import PICKLES, contained, parse_json
+from smidgen.safetensors_header import read_header
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
@@ -37,11 +39,13 @@ def adapter_folder(name: str | Path, **hub: Any) -> Path:
         AdapterFileError: there is neither.
     """
     folder = Path(name)
-    if folder.is_dir():
-        if not (folder / CONFIG_NAME).is_file():
+    if str(name).startswith(("\\\\", "//")):
+        raise AdapterFileError(f"{name}: refused: a network share; copy the adapter's folder here")
+    if os.path.isdir(folder):
+        if not os.path.isfile(folder / CONFIG_NAME):
             raise AdapterFileError(f"{folder}: no {CONFIG_NAME} in this folder, so it is not an adapter's")
         return folder
-    if folder.exists() or folder.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1:
+    if os.path.exists(folder) or folder.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1:
         raise AdapterFileError(f"{name}: no such adapter folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -68,18 +72,23 @@ def adapter_state_dict(model: nn.Module, name: str, state_dict: dict[str, Tensor
     return tensors
 
 
-def base_embeddings(model: Any, name: str, config: PeftConfig) -> dict[str, Tensor]:
-    """The base weights of adapted embeddings, which files of such adapters carry along."""
+def base_embeddings(model: Any, name: str, config: PeftConfig, grown: bool) -> dict[str, Tensor]:
+    """The base weights of adapted embeddings, which files of such adapters carry along.
+
+    Args:
+        grown: the vocabulary has rows that the base lacks: then whatever the embedding is called.
+    """
     targets = getattr(config, "target_modules", None)
-    if not isinstance(targets, list) or not _EMBEDDING_NAMES & {target.rpartition(".")[2] for target in targets}:
+    named = isinstance(targets, list) and _EMBEDDING_NAMES & {target.rpartition(".")[2] for target in targets}
+    if not named and not grown:
         return {}
     if getattr(config, "trainable_token_indices", None):
         return {}
     layers = {model.get_input_embeddings(), model.get_output_embeddings()}
     return {
         f"{KEY_PREFIX}{path}.base_layer.weight": layer.weight.detach()
-        for path, _ in adapters_of(model, name)
-        if (layer := model.get_submodule(path)) in layers
+        for path, adapter in adapters_of(model, name)
+        if not isinstance(adapter, TrainedCopy) and (layer := model.get_submodule(path)) in layers
     }
 
 
@@ -111,17 +120,20 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = folder / WEIGHTS_NAME
     if not path.is_file():
-        pickles = [other.name for other in folder.glob("adapter_model.*") if other.suffix in (".bin", ".pt", ".pth")]
+        pickles = sorted(other.name for other in folder.glob("adapter_model.*") if other.suffix in PICKLES)
         if pickles:
             raise AdapterFileError(
                 f"{folder / pickles[0]}: refused unread: a pickle can run code. Convert it to {WEIGHTS_NAME} where you "
                 "trust it (safetensors.torch.save_file)"
             )
         raise AdapterFileError(f"{folder}: no {WEIGHTS_NAME} in this folder")
+    described, texts = read_header(contained(folder, path.name, AdapterFileError), AdapterFileError)
+    metadata = parse_json(texts.get("smidgen", "{}"), f"{path}: metadata of smidgen", AdapterFileError)
+    if not (isinstance(metadata, dict) and isinstance(metadata.get("base_fingerprint", ""), str)):
+        raise AdapterFileError(f"{path}: metadata of smidgen: must be an object whose base_fingerprint is text")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("smidgen", "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in described}, metadata
     except (SafetensorError, ValueError, OSError) as error:
         raise AdapterFileError(f"{path}: not a readable safetensors file: {error}") from error
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
+import regex
 from torch import nn
 
 from smidgen.adapters.base import base_modules
 from smidgen.adapters.layers import is_linear, layer_of
 from smidgen.errors import TargetError, did_you_mean, raise_all
+from smidgen.foreign import shown
 
 ALL_LINEAR = "all-linear"
+_PATTERN_SECONDS = 1.0  # for all paths that take longer than an honest expression does
+_HONEST_SECONDS = 0.0002
+_MOST_REPEATS = 1000  # all counts of an expression, such as {3}, multiplied
+_COUNTS = re.compile(r"[{,]\s*(\d+)(?=\s*[,}])")
+_LONGEST_PATTERN = 10_000  # characters
 # How the numbered list of layers is called in a path: "model.layers.3.self_attn", "transformer.h.3.attn".
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
 
@@ -42,12 +52,14 @@ def find_targets(model: nn.Module, config: Any) -> list[str]:
         heads = _heads(model)
         chosen = [p for p, m in modules.items() if is_linear(m) and m not in heads and not _bypassed(model, p)]
     elif isinstance(wanted, str):
-        chosen = [path for path in modules if _matches(wanted, path)]
+        pattern = Pattern(wanted, "target_modules")
+        chosen = [path for path in modules if pattern.matches(path)]
         if not chosen:
             problems.append(f"target_modules: '{wanted}' matches 0 modules.{_available(modules)}")
     else:
-        chosen = [path for path in modules if any(ends_with(path, name) for name in wanted)]
-        problems += _unmatched("target_modules", sorted(wanted), modules)
+        names = set(wanted)
+        chosen = [path for path in modules if not names.isdisjoint(_endings(path))]
+        problems += _unmatched("target_modules", sorted(names), modules)
     chosen, layer_problems = _in_layers(chosen, config)
     problems += layer_problems
     chosen, excluded = _exclude(chosen, config)
@@ -88,7 +100,7 @@ def find_named(model: nn.Module, names: Iterable[str], field: str, at_dot: bool 
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern (a regular expression for the end of a path) that matches `path`."""
     for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+        if _ending(pattern, "rank_pattern or alpha_pattern").matches(path):
             return value
     return default
 
@@ -98,11 +110,13 @@ def check_patterns(patterns: Mapping[str, Any], paths: list[str], field: str) ->
     lines = []
     for pattern in patterns:
         try:
-            if not any(re.fullmatch(rf"(.*\.)?({pattern})", path) for path in paths):
+            if not any(map(_ending(pattern, field).matches, paths)):
                 names = Counter(path.rpartition(".")[2] for path in paths)
-                lines.append(f"{field}: '{pattern}' matches none of the adapted modules{did_you_mean(pattern, names)}")
-        except re.error as error:
-            lines.append(f"{field}: '{pattern}' is not a regular expression: {error}")
+                lines.append(
+                    f"{field}: '{shown(pattern)}' matches none of the adapted modules{did_you_mean(pattern, names)}"
+                )
+        except TargetError as error:
+            lines.append(str(error))
     return lines
 
 
@@ -128,19 +142,63 @@ def _inside(path: str, name: str) -> bool:
     return ends_with(path, name) or f".{name}." in f".{path}."
 
 
-def _matches(pattern: str, path: str) -> bool:
-    try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error as error:
-        raise TargetError(f"target_modules: '{pattern}' is not a regular expression: {error}") from error
+class Pattern:
+    """A regular expression for whole paths of modules. A hostile one may take for ever: its time is bounded.
+
+    Raises:
+        TargetError: it is not a regular expression.
+    """
+
+    def __init__(self, text: str, field: str) -> None:
+        self._place, self._left = f"{field}: '{shown(text)}'", _PATTERN_SECONDS
+        if len(text) > _LONGEST_PATTERN:
+            raise TargetError(f"{self._place} is longer than {_LONGEST_PATTERN:,} characters")
+        counts = [int(count) for count in _COUNTS.findall(text) if len(count) < 9]
+        if math.prod(count or 1 for count in counts) > _MOST_REPEATS or re.search(r"\d{9}", text):
+            raise TargetError(f"{self._place} repeats more than {_MOST_REPEATS:,} times; write it simpler")
+        try:
+            re.compile(text)  # Python's own rules; only the matching, which can be stopped, is regex's
+            self._compiled = regex.compile(text)
+        except (re.error, regex.error, ValueError, RecursionError, OverflowError, MemoryError) as error:
+            raise TargetError(f"{self._place} is not a regular expression: {error}") from error
+
+    def matches(self, path: str) -> bool:
+        """Whether the whole path matches.
+
+        Raises:
+            TargetError: the paths so far took more time than any honest expression.
+        """
+        begin = time.perf_counter()
+        try:
+            return self._compiled.fullmatch(path, timeout=max(0.001, self._left)) is not None
+        except TimeoutError:
+            raise TargetError(f"{self._place} takes too long to match; write it simpler, or list the names") from None
+        finally:
+            taken = time.perf_counter() - begin
+            self._left -= taken if taken > _HONEST_SECONDS else 0
+
+
+@lru_cache(maxsize=1024)
+def _ending(pattern: str, field: str) -> Pattern:
+    """A pattern for the end of a path, at a dot."""
+    return Pattern(rf"(?:.*\.)?(?:{pattern})", field)
+
+
+def _endings(path: str) -> Iterator[str]:
+    """All names that the path ends with, at a dot: "a.b.c" with "c", "b.c" and "a.b.c"."""
+    parts = path.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
 
 
 def _unmatched(
     field: str, names: list[str], modules: Mapping[str, nn.Module], matches: Callable[[str, str], bool] = ends_with
 ) -> list[str]:
-    missing = [name for name in names if not any(matches(path, name) for path in modules)]
+    whole = {ending for path in modules for ending in _endings(path)}
+    missing = [name for name in names if name not in whole and not any(matches(path, name) for path in modules)]
     known = {path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()}
-    lines = [f"{field}: '{name}' matches 0 modules{did_you_mean(name, known) or '.'}" for name in missing]
+    lines = [f"{field}: '{shown(name)}' matches 0 modules{did_you_mean(name, known) or '.'}" for name in missing[:50]]
+    if len(missing) > 50:
+        lines.append(f"{field}: {len(missing) - 50:,} more names match 0 modules.")
     if lines:
         lines[-1] += _available(modules)
     return lines
@@ -188,9 +246,10 @@ def _exclude(paths: list[str], config: Any) -> tuple[list[str], list[str]]:
     if not exclude:
         return paths, []
     if isinstance(exclude, str):
-        excluded = [path for path in paths if _matches(exclude, path)]
+        pattern = Pattern(exclude, "exclude_modules")
+        excluded = [path for path in paths if pattern.matches(path)]
     else:
-        excluded = [path for path in paths if any(ends_with(path, name) for name in exclude)]
+        excluded = [path for path in paths if not set(exclude).isdisjoint(_endings(path))]
         unused = [name for name in exclude if not any(ends_with(path, name) for path in paths)]
         raise_all(TargetError, [f"exclude_modules: '{name}' matches none of the target modules" for name in unused])
     return [path for path in paths if path not in set(excluded)], excluded

@@ -54,7 +54,8 @@ def _submodule(module: nn.Module, path: str) -> nn.Module:
 class TokenRows(WeightAdapter):
     """Trained rows of an embedding, or of the head that is tied to it, in place of the base's; other rows stay.
 
-    `trainable_tokens_delta` (n, D) holds the rows themselves, under the name that Hugging Face's files give it.
+    `trainable_tokens_delta` (n, D) holds the rows themselves, under the name that Hugging Face's files give it. At a
+    head only the logits of these tokens are computed anew.
     """
 
     indices: Tensor
@@ -68,7 +69,8 @@ class TokenRows(WeightAdapter):
             raise TargetError(f"trainable_token_indices: {wrong or 'an empty list'}; the vocabulary has {count} rows")
         indices = torch.tensor(config, device=base.weight.device)
         self.register_buffer("indices", indices, persistent=False)
-        place = torch.full((count,), -1, device=base.weight.device)
+        # One place more than the largest index, for all tokens beyond it: the vocabulary may grow later.
+        place = torch.full((max(config) + 2,), -1, device=base.weight.device)
         place[indices] = torch.arange(len(config), device=base.weight.device)
         self.register_buffer("place", place, persistent=False)
         self.trainable_tokens_delta = nn.Parameter(base.weight.detach()[indices].float())
@@ -77,12 +79,14 @@ class TokenRows(WeightAdapter):
         return weight.index_copy(0, self.indices, self.trainable_tokens_delta.to(weight.dtype)), bias
 
     def forward(self, inner: Inner, x: Tensor) -> Tensor:
-        rows = self.trainable_tokens_delta
-        if isinstance(self.layer, EmbeddingLayer):
-            y, place = inner(x), self.place[x]
-            own = self.layer.linear(place.clamp(min=0), rows.to(y.dtype).T)
+        layer, rows, y = inner.layer, self.trainable_tokens_delta, inner(x)
+        if isinstance(layer, EmbeddingLayer):
+            place = self.place[x.clamp(max=self.place.numel() - 1)]
+            own = layer.linear(place.clamp(min=0), rows.to(y.dtype).T)
             return torch.where((place >= 0).unsqueeze(-1), own, y)
-        return super().forward(inner, x)
+        bias = inner.bias
+        own = layer.linear(x, rows.to(x.dtype), None if bias is None else bias[self.indices])
+        return y.index_copy(-1, self.indices, own.to(y.dtype))
 
     def file_key(self, path: str, name: str) -> str:
         return super().file_key(path, f"token_adapter.{name}")
@@ -100,6 +104,9 @@ class Mirror(WeightAdapter):
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.owner.merged({"weight": weight})["weight"], bias
+
+    def forward(self, inner: Inner, x: Tensor) -> Tensor:
+        return self.owner(inner, x) if isinstance(self.owner, TokenRows) else super().forward(inner, x)
 
     def file_tensors(self) -> dict[str, Tensor]:
         return self.owner.mirror_tensors() if hasattr(self.owner, "mirror_tensors") else {}

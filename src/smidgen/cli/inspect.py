@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from smidgen.errors import UsageError
+from smidgen.foreign import printable, read_object, shown
 
 
 def inspect(
@@ -24,9 +23,30 @@ def inspect(
         _show_model(inner)
     else:
         raise UsageError(f"{folder}: neither a run, an adapter nor a model: no adapter_config.json and no config.json")
+    _show_template(inner)
     if proof.is_file():
-        for check in json.loads(proof.read_text(encoding="utf-8"))["checks"]:
-            typer.echo(f"proof: {'ok  ' if check['passed'] else 'FAIL'} {check['text']}")
+        _show_proof(proof)
+
+
+def _show_proof(path: Path) -> None:
+    checks = read_object(path, UsageError).get("checks")
+    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
+        raise UsageError(f"{path}: 'checks' must be a list of objects")
+    for check in checks:
+        typer.echo(f"proof: {'ok  ' if check.get('passed') is True else 'FAIL'} {shown(check.get('text'))}")
+
+
+def _show_template(folder: Path) -> None:
+    """Print the folder's chat templates, and what in them depends on what users write."""
+    from smidgen.data.suspicion import suspicious
+    from smidgen.models.folder import templates_of
+
+    for origin, text in templates_of(folder).items():
+        typer.echo(f"template of {origin}, {len(text):,} characters:")
+        for number, line in enumerate(text.splitlines(), 1):
+            typer.echo(f"  {number:>4}  {printable(line)}")
+        for number, finding in suspicious(text):
+            typer.echo(f"look at line {number}: {finding}")
 
 
 def _show_adapter(folder: Path) -> None:
@@ -66,14 +86,12 @@ def _show_adapter(folder: Path) -> None:
 
 
 def _show_model(folder: Path) -> None:
-    from safetensors import safe_open
+    from smidgen.models.folder import check_documents, read_weights
+    from smidgen.models.resolve import resolve_model
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    numbers, files = 0, sorted(folder.glob("*.safetensors"))
-    for path in files:
-        with safe_open(path, framework="numpy") as file:
-            numbers += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    size = sum(path.stat().st_size for path in files) / 1e6
-    typer.echo(f"model: {config.get('model_type', 'unknown')}, {numbers:,} numbers, {size:.1f} MB")
+    resolve_model(str(folder), say=typer.echo)  # says what is ignored, such as code of its own
+    config, tensors = check_documents(folder)["config.json"], read_weights(folder).values()
+    numbers, size = sum(tensor.numbers for tensor in tensors), sum(tensor.bytes for tensor in tensors) / 1e6
+    typer.echo(f"model: {shown(config.get('model_type', 'unknown'))}, {numbers:,} numbers, {size:.1f} MB")
     named = {key: config.get(key) for key in ("num_hidden_layers", "hidden_size", "vocab_size", "dtype")}
-    typer.echo(", ".join(f"{key} {value}" for key, value in named.items() if value is not None))
+    typer.echo(", ".join(f"{key} {shown(value)}" for key, value in named.items() if value is not None))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,9 @@ def main() -> None:
     0: done. 1: a failure, or a refusal. 2: the request itself is wrong, and nothing was changed or spent.
     3: a guard stopped the training. 130: interrupted.
     """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+            stream.reconfigure(encoding="utf-8")  # on Windows, files and pipes would lose what its code page lacks
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         typer.main.get_command(app)(arguments, prog_name="smidgen")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from smidgen.recipe import load_recipe
+from smidgen.training.launch import launch, one_voice, rank
 
 
 def train(
@@ -18,15 +20,26 @@ def train(
     init_adapter: Annotated[
         Path | None, typer.Option("--init-adapter", help="Train the adapter of this folder further.")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="How many processes share the training; on GPUs one for each.")
+    ] = 1,
 ) -> None:
     """Train what a recipe says, and prove that it worked."""
-    checked, notes = load_recipe(recipe, overrides or [])
-    for note in notes:
-        typer.echo(f"note: {note}")
-    from smidgen.evaluation.report import write_report
-    from smidgen.training.run import train as carry_out
+    with one_voice():
+        checked, notes = load_recipe(recipe, overrides or [])
+        if processes > 1:
+            options = [text for text, given in (("--resume", resume), ("--overwrite", overwrite)) if given]
+            options += [f"--init-adapter={init_adapter}"] if init_adapter else []
+            options += ["--debug"] if "--debug" in sys.argv else []
+            command = [sys.executable, "-m", "smidgen", "train", *options, "--", str(recipe), *(overrides or [])]
+            raise typer.Exit(launch(processes, command, typer.echo))
+        for note in notes if rank() == 0 else []:
+            typer.echo(f"note: {note}")
+        from smidgen.evaluation.report import write_report
+        from smidgen.training.run import train as carry_out
 
-    proof = carry_out(checked, resume=resume, overwrite=overwrite, init_adapter=init_adapter, say=typer.echo)
-    typer.echo(f"report: {write_report(Path(checked.output))}")
+        proof = carry_out(checked, resume=resume, overwrite=overwrite, init_adapter=init_adapter, say=typer.echo)
+        if rank() == 0:
+            typer.echo(f"report: {write_report(Path(checked.output))}")
     if not proof.passed:
         raise typer.Exit(1)

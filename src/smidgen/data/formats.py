@@ -24,6 +24,9 @@ from smidgen.data.messages import (
 )
 from smidgen.data.read import Unreadable
 from smidgen.errors import DataError, did_you_mean, raise_all
+from smidgen.foreign import shown
+
+_MOST_WRONG = 10_000  # rows of a file: after so many it is not read to the end
 
 
 class Example(NamedTuple):
@@ -147,7 +150,7 @@ def detect_format(fields: Iterable[str], where: str, *, prefer_text: bool = Fals
             return format
     known = "; ".join(f"{format.name}: {', '.join(format.needs)}" for format in FORMATS.values())
     raise DataError(
-        f"{where}: no known format has the fields {', '.join(sorted(present)) or '(none)'}. Known: {known}. "
+        f"{where}: no known format has the fields {shown(', '.join(sorted(present))) or '(none)'}. Known: {known}. "
         "Fix: name the fields with 'columns', for example columns: {prompt: title, completion: body}"
     )
 
@@ -213,12 +216,16 @@ def convert_rows(
     unusable, bad = Tally(), Tally()
     ignored: Counter[str] = Counter()
     known: frozenset[str] = frozenset()
+    wrong = 0
     for line, row in rows:
         if not isinstance(row, dict):
             bad.add(
                 row.problem if isinstance(row, Unreadable) else f"a row must be an object, got {kind_of(row)}",
                 str(line),
             )
+            wrong += 1
+            if wrong == _MOST_WRONG:
+                break
             continue
         if columns:
             row = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
@@ -230,12 +237,17 @@ def convert_rows(
             example = format.convert(line, row)
         except BadRow as problem:
             bad.add(str(problem), str(line))
+            wrong += 1
+            if wrong == _MOST_WRONG:
+                break
         except Unusable as reason:
             unusable.add(str(reason), str(line))
         else:
             examples.append(example)
             if extra := row.keys() - known:
                 ignored.update(extra)
+    if wrong == _MOST_WRONG:
+        bad.add(f"{wrong:,} rows are wrong; the file was read no further", str(line))
     raise_all(DataError, bad.problems(path))
     if format is None:
         raise DataError(f"{path}: the file holds no rows")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from smidgen.foreign import parse_json, shown
 
 Message = dict[str, Any]
 
@@ -70,7 +71,7 @@ def read_message(place: str, turn: Any) -> Message:
     name = turn.get(role_field)
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise BadRow(f"{place}: '{role_field}' must be one of {', '.join(_ROLES)}; got {name!r}")
+        raise BadRow(f"{place}: '{role_field}' must be one of {', '.join(_ROLES)}; got {shown(repr(name))}")
     content = turn.get(text_field)
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(text_of(part, "text") for part in content)
@@ -90,10 +91,7 @@ def read_message(place: str, turn: Any) -> Message:
 
 
 def _parse_calls(place: str, text: str) -> list[Message]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        raise BadRow(f"{place}: a function call must be JSON") from None
+    value = parse_json(text, f"{place}: a function call", BadRow)
     return [_call(place, call) for call in (value if isinstance(value, list) else [value])]
 
 
@@ -104,10 +102,7 @@ def _call(place: str, call: Any) -> Message:
         raise BadRow(f"{place}: a function call must have a 'name'")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise BadRow(f"{place}: 'arguments' of {function['name']} must be JSON") from None
+        arguments = parse_json(arguments, f"{place}: 'arguments' of {shown(function['name'])}", BadRow)
     known = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {**known, "id": call["id"]} if "id" in call else known
 
@@ -115,10 +110,7 @@ def _call(place: str, call: Any) -> Message:
 def read_tools(row: Mapping[str, Any]) -> list[Any] | None:
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise BadRow("field 'tools' must be JSON") from None
+        tools = parse_json(tools, "field 'tools'", BadRow)
     if not tools:
         return None
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):

@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from smidgen.errors import DataError
+from smidgen.foreign import read_object, shown
+
 COMPLETE, PROMPT_CUT, ENDING_LOST, TEXT = 0, 1, 2, 3  # TokenRows.state
 
 _ARRAYS = ("ids", "learned", "offsets", "file", "line", "state", "digest")
@@ -103,8 +106,15 @@ class TokenRows(Sequence[TokenRow]):
 
     @classmethod
     def load(cls, folder: Path) -> tuple[TokenRows, Any]:
-        """Answer the rows and notes of a folder; the arrays stay on disk and are mapped into memory."""
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
-        kept = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+        """Answer the rows and notes of a folder; the arrays stay on disk and are mapped into memory.
+
+        Raises:
+            DataError: a file is missing, or is not what `save` writes.
+        """
+        try:
+            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise DataError(f"{folder}: damaged tokens ({shown(error)}); delete this folder") from None
+        kept = read_object(folder / "rows.json", DataError)
         order = np.arange(len(arrays["offsets"]) - 1)
         return cls(**arrays, files=tuple(kept["files"]), order=order), kept["notes"]

@@ -1,21 +1,17 @@
 """Chat templates are foreign programs: here they render without reach and within bounds.
 
 The language is the one that transformers gives to chat templates (Jinja's immutable sandbox, `tojson`,
-`raise_exception`, `strftime_now`, `{% generation %}`, loop controls), with three bounds for each chat: the processor
-time of the thread, the text and the items that the template makes, and the size of any number. Every operation that
-can make much out of little is paid for before it runs, so no single one of them can take long or fill the memory.
+`raise_exception`, `strftime_now`, `{% generation %}`, loop controls); what a chat may cost is in `data.metering`.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import operator
 import re
-import threading
-import time
 import types
-from collections.abc import Callable, Collection, ItemsView, Iterable, KeysView, Mapping, ValuesView
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -27,197 +23,34 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from smidgen.data.metering import (
+    METER,
+    OPERATORS,
+    SHORT,
+    TemplateLimit,
+    before_method,
+    check_format,
+    joined,
+    listed,
+    metered,
+    paid,
+    step,
+    stepping,
+    to_json,
+)
+
 LONGEST_TEMPLATE = 200_000  # characters
-SECONDS = 1.0  # of processor time, for one chat
-CHARACTERS = 2**24  # made for one chat: its text and all that is made on the way
-_ITEM = 16  # what an item of a list counts for, in characters
-_LARGEST = 10_000  # number given to a filter or a method, such as a width
-_LARGEST_BITS = 4096  # of a whole number
-_SHORT = 100  # characters of a format
-_STEPS = 32  # between two looks at the clock
 
 _FILTERS = (
     "abs batch capitalize center count d default dictsort e escape first float format groupby indent int items join "
     "last length list lower map max min reject rejectattr replace reverse round safe select selectattr slice sort "
     "string sum title tojson trim truncate unique upper wordcount"
 ).split()
-_CONSUMERS = ("dictsort", "groupby", "join", "list", "max", "min", "sort", "sum", "unique")  # read an iterable whole
-_ANY_NUMBER = ("d", "default", "float", "int", "max", "min")
+
 # Methods of text that make much out of little, and that no chat template needs.
 _DENIED = frozenset("center ljust rjust zfill expandtabs translate encode format_map to_bytes".split())
-_VIEWS = (KeysView, ValuesView, ItemsView)
+
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning, the usual one first
-
-
-class TemplateLimit(SecurityError):
-    """A template asked for more than a chat can need."""
-
-
-class _Meter(threading.local):
-    """What is left to the chat that this thread renders."""
-
-    characters = CHARACTERS
-    until = 0.0
-    steps = 0
-
-    def start(self) -> None:
-        self.characters, self.until = CHARACTERS, time.thread_time() + SECONDS
-
-
-_meter = _Meter()
-
-
-def _step() -> None:
-    _meter.steps += 1
-    if not _meter.steps % _STEPS and time.thread_time() > _meter.until:
-        raise TemplateLimit(f"it takes more than {SECONDS:g} s for one chat")
-
-
-def _spend(characters: int) -> None:
-    _meter.characters -= characters
-    if _meter.characters < 0:
-        raise TemplateLimit(f"it makes more than {CHARACTERS:,} characters for one chat")
-
-
-def _paid(value: Any) -> Any:
-    """Answer `value` after paying for all that is in it, as often as it is in it."""
-    waiting = [value]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, str | bytes):
-            _spend(len(part))
-        elif isinstance(part, dict):
-            _spend(2 * _ITEM * len(part))
-            waiting += [*part.keys(), *part.values()]
-        elif isinstance(part, list | tuple | set | frozenset | _VIEWS):
-            _spend(_ITEM * len(part))
-            waiting += part
-        elif isinstance(part, int) and part.bit_length() > _LARGEST_BITS:
-            raise TemplateLimit("it makes a number of more than a thousand digits")
-    return value
-
-
-def _listed(values: Any) -> Any:
-    """The items of an iterable as a collection, each paid for before it is kept."""
-    if isinstance(values, Collection):
-        _spend(_ITEM * len(values))
-        return values
-    kept = []
-    for value in values:
-        _spend(_ITEM)
-        kept.append(value)
-    return kept
-
-
-def _joined(values: Iterable[Any]) -> str:
-    texts = [value if type(value) is str else str(_paid(value)) for value in values]
-    _spend(sum(map(len, texts)))
-    return "".join(texts)
-
-
-# ---- operators ----
-
-
-def _add(left: Any, right: Any) -> Any:
-    _paid(left)
-    _paid(right)
-    return left + right
-
-
-def _multiply(left: Any, right: Any) -> Any:
-    if isinstance(left, int) and isinstance(right, int):
-        return _paid(left * right)
-    for values, times in ((left, right), (right, left)):
-        if isinstance(values, str | list | tuple) and isinstance(times, int):
-            before = _meter.characters
-            _paid(values)
-            _spend((before - _meter.characters + _ITEM) * max(0, times))
-    return left * right
-
-
-def _power(left: Any, right: Any) -> Any:
-    if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _LARGEST_BITS:
-        raise TemplateLimit("it makes a number of more than a thousand digits")
-    return left**right
-
-
-def _modulo(left: Any, right: Any) -> Any:
-    if isinstance(left, str):
-        _check_format(left, "%", right)
-    return left % right
-
-
-def _check_format(text: str, mark: str, values: Any) -> None:
-    """Pay for a format that shows all `values` at each of its marks; refuse widths."""
-    if re.search(r"\d{4}|\*|\{[^{}]*\{", text):
-        raise TemplateLimit("it formats with a large or computed width")
-    before = _meter.characters
-    _paid(values)
-    _spend((before - _meter.characters + 1000) * text.count(mark) + len(text))
-
-
-# ---- filters ----
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    if (indent is not None and not (isinstance(indent, int) and indent <= 16)) or len(str(separators)) > _SHORT:
-        raise TemplateLimit("tojson: the indent is larger than 16, or the separators are long")
-    _paid(value)
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _before_filter(name: str, value: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-    """Pay for what a filter will make; answer the value to give it."""
-    if name not in _ANY_NUMBER and any(
-        isinstance(number, int) and abs(number) > _LARGEST for number in (*arguments, *named.values())
-    ):
-        raise TemplateLimit(f"it gives a number above {_LARGEST:,} to '{name}'")
-    if name in _CONSUMERS:
-        value = _listed(value)
-    if name == "join":
-        _spend(len(value) * max((len(str(text)) for text in (*arguments, *named.values())), default=0))
-        for item in value:
-            _paid(item)
-    elif name == "sum" and not isinstance(named.get("start", next(iter(arguments[1:]), 0)), int | float):
-        raise TemplateLimit("sum: adds up numbers only")
-    elif name == "replace" and len(arguments) >= 2:
-        _pay_replacement(str(value), *map(str, arguments[:2]))
-    elif name == "indent":
-        width = next(iter((*arguments, *named.values())), 4)
-        _spend((str(value).count("\n") + 1) * (len(width) if isinstance(width, str) else int(width)))
-    elif name == "format":
-        _check_format(str(value), "%", (*arguments, named))
-    return value
-
-
-def _pay_replacement(text: str, old: str, new: str, *_: Any) -> None:
-    _spend(text.count(old) * len(new))
-
-
-def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter `function`, its work paid for; Jinja's marks on it are kept."""
-    leading = 1 if hasattr(function, "jinja_pass_arg") else 0  # context or environment stand before the value
-
-    @functools.wraps(function)
-    def metered(*arguments: Any, **named: Any) -> Any:
-        _step()
-        value, rest = arguments[leading], arguments[leading + 1 :]
-        value = _before_filter(name, value, rest, named)
-        answer = function(*arguments[:leading], value, *rest, **named)
-        return _paid(answer) if isinstance(answer, str | list | dict) else answer
-
-    return metered
-
-
-def _stepping(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def stepping(*arguments: Any, **named: Any) -> Any:
-        _step()
-        return function(*arguments, **named)
-
-    return stepping
 
 
 # ---- globals ----
@@ -228,7 +61,7 @@ def _raise_exception(message: Any) -> None:
 
 
 def _strftime_now(format: str) -> str:
-    if len(format) > _SHORT or re.search(r"\d{3}", format):
+    if len(format) > SHORT or re.search(r"\d{3}", format):
         raise TemplateLimit("strftime_now: the format is long, or has a width")
     return datetime.now().strftime(format)
 
@@ -240,13 +73,13 @@ class _Dict:
         return dict(*arguments, **named)
 
     def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
-        return dict.fromkeys(_listed(keys), value)
+        return dict.fromkeys(listed(keys), value)
 
 
 class _Namespace(Namespace):
     """A namespace that takes no names with a leading underscore, and whose text does not show what is in it."""
 
-    def __init__(*arguments: Any, **named: Any) -> None:  # noqa: N805  (a name may be called "self")
+    def __init__(*arguments: Any, **named: Any) -> None:
         self, *rest = arguments
         for name in (attributes := dict(*rest, **named)):
             _check_name(name)
@@ -312,25 +145,23 @@ class _Generation(Extension):
 
 @pass_environment
 def _shown(_: Any, value: Any) -> Any:
-    return value if type(value) is str else _paid(value)
+    return value if type(value) is str else paid(value)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Code
     intercepted_binops = frozenset(("+", "*", "**", "%"))
-    step = staticmethod(_step)
-    paid = staticmethod(_paid)
-    joined = staticmethod(_joined)
-    concat = staticmethod(_joined)  # pyright: ignore[reportAssignmentType]
+    step, paid, joined = staticmethod(step), staticmethod(paid), staticmethod(joined)
+    concat = staticmethod(joined)  # pyright: ignore[reportAssignmentType]
 
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_shown, cache_size=0
         )
-        self.filters["tojson"] = _to_json
-        self.filters = {name: _metered(name, self.filters[name]) for name in _FILTERS}
-        self.filters["_tested"] = _stepping(operator.truth)
-        self.tests = {name: _stepping(test) for name, test in self.tests.items()}
+        self.filters["tojson"] = to_json
+        self.filters = {name: metered(name, self.filters[name]) for name in _FILTERS}
+        self.filters["_tested"] = stepping(operator.truth)
+        self.tests = {name: stepping(test) for name, test in self.tests.items()}
         del self.globals["lipsum"]
         self.globals |= {
             "raise_exception": _raise_exception,
@@ -338,11 +169,11 @@ class _Environment(ImmutableSandboxedEnvironment):
             "dict": _Dict(),
             "namespace": _Namespace,
         }
-        self.binop_table |= {"+": _add, "*": _multiply, "**": _power, "%": _modulo}
+        self.binop_table |= OPERATORS
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)
-        if other := template.find((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+        if other := next(template.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)), None):
             raise SecurityError(f"line {other.lineno}: a chat template reads no other files")
         for loop in template.find_all(nodes.For):
             if loop.test:  # it runs for each item, outside of any block
@@ -360,40 +191,19 @@ class _Environment(ImmutableSandboxedEnvironment):
             return None
 
         def formatted(*arguments: Any, **named: Any) -> str:
-            _check_format(text, "{", (arguments, named))
+            check_format(text, "{", (arguments, named))
             return wrapped(*arguments, **named)
 
         return None if value.__name__ in _DENIED else formatted
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        _step()
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        step()
         if isinstance(__obj, Macro):
             return super().call(__context, __obj, *args, **kwargs)  # pyright: ignore[reportCallIssue]
         if isinstance(__obj, types.BuiltinMethodType):
-            args = _before_method(__obj, args)
+            args = before_method(__obj, args)
         answer = super().call(__context, __obj, *args, **kwargs)  # pyright: ignore[reportCallIssue]
-        return _paid(answer) if isinstance(answer, str | list | tuple | dict) else answer
-
-
-def _before_method(method: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pay for what a method of a built-in type will make; answer the arguments to give it."""
-    text, name = method.__self__, method.__name__
-    if any(isinstance(number, int) and abs(number) > _LARGEST for number in arguments) and not isinstance(text, dict):
-        raise TemplateLimit(f"it gives a number above {_LARGEST:,} to '{name}'")
-    if isinstance(text, str):
-        if name == "replace" and len(arguments) >= 2:
-            _pay_replacement(text, *arguments)
-        elif name == "join" and arguments:
-            items = _listed(arguments[0])
-            _spend(len(items) * len(text))
-            for item in items:
-                _paid(item)
-            return (items,)
-        elif name in ("split", "rsplit") and arguments and isinstance(arguments[0], str) and arguments[0]:
-            _spend(_ITEM * text.count(arguments[0]))
-        elif name in ("split", "rsplit", "splitlines"):
-            _spend(_ITEM // 2 * len(text))
-    return arguments
+        return paid(answer) if isinstance(answer, str | list | tuple | dict) else answer
 
 
 _environment = _Environment()
@@ -401,7 +211,22 @@ _environment = _Environment()
 
 @functools.lru_cache(maxsize=16)
 def _compiled(text: str) -> Any:
-    return _environment.from_string(text)
+    with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # Python's, about the foreign program
+        return _environment.from_string(text)
+
+
+def parsed(text: str) -> nodes.Template:
+    """The syntax tree of a chat template.
+
+    Raises:
+        jinja2.TemplateError: it is not valid, too long, or nested too deeply.
+    """
+    if len(text) > LONGEST_TEMPLATE:
+        raise TemplateLimit(f"it is longer than {LONGEST_TEMPLATE:,} characters")
+    try:
+        return _environment.parse(text)
+    except RecursionError:
+        raise TemplateLimit("it is nested too deeply") from None
 
 
 class Sandbox:
@@ -414,7 +239,7 @@ class Sandbox:
     def __init__(self, text: str) -> None:
         if len(text) > LONGEST_TEMPLATE:
             raise TemplateLimit(f"it is longer than {LONGEST_TEMPLATE:,} characters")
-        _meter.start()
+        METER.start()
         self._template = _compiled(text)
 
     def render(
@@ -435,7 +260,7 @@ class Sandbox:
             TemplateLimit: the template asks for more than a chat can need.
             Exception: of any kind: what the template raises.
         """
-        _meter.start()
+        METER.start()
         return self._template.render(
             messages=[_message(message) for message in messages],
             tools=_plain(tools),

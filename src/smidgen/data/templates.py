@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smidgen.data.formats import Example, Message
-from smidgen.data.sandbox import LONGEST_TEMPLATE, Sandbox, TemplateLimit
+from smidgen.data.metering import TemplateLimit
+from smidgen.data.sandbox import LONGEST_TEMPLATE, Sandbox
 from smidgen.errors import DataError
+from smidgen.foreign import read_text, shown
 
 # For tokenizers that have no template of their own. Alpaca's wording: https://github.com/tatsu-lab/stanford_alpaca
 ALPACA = """\
@@ -234,7 +236,7 @@ def choose_template(tokenizer: Any, path: str | None, style: str) -> ChatTemplat
         DataError: the file cannot be read, or the template cannot render a chat.
     """
     if path is not None:
-        return ChatTemplate(tokenizer, _read(Path(path)), path)
+        return ChatTemplate(tokenizer, read_text(Path(path), DataError, 4 * LONGEST_TEMPLATE), path)
     if tokenizer.chat_template:
         return ChatTemplate(tokenizer, own_template(tokenizer), "the tokenizer's chat template")
     return ChatTemplate(tokenizer, ALPACA if style == "alpaca" else PLAIN, f"built-in {style} template")
@@ -252,21 +254,9 @@ def own_template(tokenizer: Any) -> str:
         raise DataError(f"the tokenizer's chat template: {error}") from None
 
 
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"data.template: {path}: no such file")
-    if path.stat().st_size > 4 * LONGEST_TEMPLATE:
-        raise DataError(f"data.template: {path}: longer than {LONGEST_TEMPLATE:,} characters; this is no chat template")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data.template: {path} cannot be read: {error}") from None
-
-
 def _told(error: Exception) -> str:
-    """What a template raised, shortened: its words are the template's own."""
-    text = str(error) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} [...]"
+    """What a template raised; the words may be the template's own."""
+    return shown(str(error) or type(error).__name__)
 
 
 def _user(content: str) -> Message:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from smidgen.adapters.base import in_adapter
+from smidgen.models.vocabulary import vocabulary_layers, vocabulary_of
 
 _FORM = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-(?:[0-9a-f]{4})+")
 _BLOCK = 32  # values hashed at each of three places of a tensor
@@ -16,18 +18,27 @@ _SAMPLES = 4  # values of each tensor that the fingerprint itself holds
 _EQUAL_SHARE = 0.9  # of the samples that the same weights keep when they come by way of float16
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, rows: Mapping[str, int] | None = None) -> str:
     """Answer what tells base models apart: a hash of the structure, a hash of weights, and samples of the weights.
 
     The structure is the kind of model, its head counts, and the name and shape of each parameter. Of each parameter 96
     values (the first, middle and last 32) are rounded to bfloat16 and hashed, and 4 are kept as hexadecimal digits.
-    Adapters do not count. Full and freeze tuning change the base: take its fingerprint before training.
+    Adapters do not count, nor do rows that were added to the vocabulary (`models.vocabulary`). Full and freeze tuning
+    change the base: take its fingerprint before training.
+
+    Args:
+        rows: how many first rows of a layer of the vocabulary count, by its path; None: those of the base.
     """
+    layers = vocabulary_layers(model)
+    if rows is None:
+        rows = dict.fromkeys(layers, vocabulary_of(model).base_rows)
+    counted = {id(p): rows[path] for path, layer in layers.items() if path in rows for p in layer.parameters(False)}
     config = getattr(model, "config", None)
     fields = ("model_type", "num_attention_heads", "num_key_value_heads")
     structure = hashlib.sha256(repr([getattr(config, field, None) for field in fields]).encode())
     blocks, samples = [], []
     for name, parameter in sorted((name, p) for name, p in model.named_parameters() if not in_adapter(name)):
+        parameter = parameter[: counted[id(parameter)]] if id(parameter) in counted else parameter
         structure.update(f"{name} {tuple(parameter.shape)}".encode())
         flat = parameter.detach().flatten()
         middle = max(0, flat.numel() // 2 - _BLOCK // 2)

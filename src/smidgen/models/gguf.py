@@ -18,6 +18,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from smidgen.errors import ModelError, did_you_mean
+from smidgen.foreign import shown
+from smidgen.models.gguf_header import check_header
 
 FORMAT = 1  # part of cache names: raise it when the same file would be converted to another folder
 
@@ -74,21 +76,28 @@ def convert(file: Path, folder: Path) -> None:
     Raises:
         ModelError: the file is no GGUF file, or of an architecture, setting, tokenizer or tensor not covered here.
     """
+    check_header(file)
     try:
         reader = gguf.GGUFReader(file)
-    except (OSError, ValueError, IndexError) as error:
-        raise ModelError(f"{file}: not a readable GGUF file: {error}") from error
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:  # what a foreign file raises in the library is open
+        raise ModelError(f"{file}: not a readable GGUF file: {shown(error)}") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    name = metadata.get("general.architecture", "")
+    name = str(metadata.get("general.architecture", ""))
     if name not in _ARCHITECTURES:
         raise ModelError(
             f"{file}: architecture '{name}' is not covered{did_you_mean(name, _ARCHITECTURES)} Covered are "
             f"{', '.join(_ARCHITECTURES)}; for others give the model's Hugging Face folder or hub id."
         )
-    tokenizer, special = _tokenizer(file, metadata)
-    config = _config(file, name, metadata, tensors, special)
-    weights = _weights(file, name, config, tensors)
+    try:
+        tokenizer, special = _tokenizer(file, metadata)
+        config = _config(file, name, metadata, tensors, special)
+        weights = _weights(file, name, config, tensors)
+    except ModelError:
+        raise
+    except Exception as error:  # fields that are absent, of another kind, or at odds with each other
+        problem = f"{type(error).__name__} {shown(error)}"
+        raise ModelError(f"{file}: its fields do not describe a {name} model: {problem}") from error
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -102,6 +111,8 @@ def _config(file: Path, name: str, metadata: dict, tensors: dict, special: dict[
     if unknown:
         listed = ", ".join(f"{key}={settings[key]}" for key in unknown)
         raise ModelError(f"{file}: settings not covered for {name}: {listed}")
+    if settings["block_count"] > len(tensors):
+        raise ModelError(f"{file}: block_count is {settings['block_count']:,}, but there are {len(tensors):,} tensors")
     values = {_SETTINGS[key]: _number(value) for key, value in settings.items() if key in _SETTINGS}
     theta = values.pop("rope_theta", 10000.0)
     values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
@@ -129,7 +140,9 @@ def _number(value: int | float) -> int | float:
 def _weights(file: Path, name: str, config: PretrainedConfig, tensors: dict) -> dict[str, torch.Tensor]:
     """Answer the tensors under their Hugging Face names. Files of float16 or float32 matrices keep their type."""
     with torch.device("meta"):
-        parameters = dict(AutoModelForCausalLM.from_config(config).named_parameters())  # a tied head is listed once
+        model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()  # transformers 5.0 does not do so on the meta device
+    parameters = dict(model.named_parameters())  # a tied head is listed once
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     sources = {str(names.get_name(key, (".weight", ".bias"))): key for key in parameters}

@@ -8,12 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from smidgen.data.sandbox import Sandbox
+from smidgen.data.templates import own_template
 from smidgen.errors import ModelError
+from smidgen.foreign import shown
+from smidgen.models.folder import check_documents, check_model_folder
 from smidgen.models.peft_model import PeftModel
+from smidgen.models.tokens import check_tokens, take_tokens
+from smidgen.models.vocabulary import vocabulary_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _END_OF_TURN = "smidgen-end-of-turn"
@@ -33,6 +40,7 @@ def load_model(
     Raises:
         ModelError: the folder is no model, its architecture needs code of its own, or weights are missing in its files.
     """
+    check_model_folder(path)
     device = device or best_device()
     chosen, reason = choose_dtype(dtype, device)
     place = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
@@ -48,8 +56,10 @@ def load_model(
                 output_loading_info=True,
             )
             tokenizer = load_tokenizer(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: cannot be loaded as a causal language model: {error}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # what foreign files raise in other libraries is open
+        raise ModelError(f"{path}: cannot be loaded as a causal language model: {shown(error)}") from error
     model, report = loaded
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
@@ -79,9 +89,13 @@ def load_adapted(
         AdapterFileError: the adapter's files do not fit the model.
     """
     model, tokenizer = load_model(base, dtype, device=device, say=say)
+    adapted = PeftModel.from_pretrained(model, folder, force=force)
+    tokens = vocabulary_of(adapted).tokens
+    check_tokens(tokenizer, tokens, str(folder))
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(folder)
-    return PeftModel.from_pretrained(model, folder, force=force), tokenizer
+    take_tokens(tokenizer, tokens, str(folder))
+    return adapted, tokenizer
 
 
 def best_device() -> torch.device:
@@ -89,6 +103,15 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device can still give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return psutil.virtual_memory().available
 
 
 def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -124,7 +147,7 @@ def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -
     stops = {end, *(declared if isinstance(declared, list) else [declared])}
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _END_OF_TURN}]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        text = Sandbox(own_template(tokenizer)).render(turns, special=tokenizer.special_tokens_map)
         after = tokenizer.encode(text.rpartition(_END_OF_TURN)[2].strip(), add_special_tokens=False)
         added = tokenizer.added_tokens_decoder
         if len(after) == 1 and after[0] in added and added[after[0]].special:
@@ -134,8 +157,12 @@ def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder; one that has no padding token pads with its end token."""
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    check_documents(folder)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # what foreign files raise in other libraries is open
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {shown(error)}") from error
     if tokenizer.pad_token_id is None:
         # Padding is masked by length, so any token serves; the end token keeps its meaning in labels.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from smidgen.adapters.config import CONFIG_NAME
 from smidgen.errors import UsageError
+from smidgen.foreign import contained, read_object
 from smidgen.models.load import load_adapted, load_model
 from smidgen.models.resolve import resolve_model
 from smidgen.recipe import Recipe, load_recipe
@@ -39,24 +40,24 @@ def find(name: str | Path, base: str | None = None) -> Place:
         UsageError: an adapter names no base model; a run folder holds nothing that was trained yet.
     """
     folder = Path(name)
-    written = next((p for p in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if p.is_file()), None)
+    written = next((p for p in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if os.path.isfile(p)), None)
     recipe = load_recipe(written)[0] if written else None
-    if (folder / "recipe.yaml").is_file():
-        if (folder / "adapter").is_dir():
+    if os.path.isfile(folder / "recipe.yaml"):
+        if os.path.isdir(folder / "adapter"):
             folder = folder / "adapter"
-        elif (folder / "model").is_dir():
+        elif os.path.isdir(folder / "model"):
             return Place(None, str(folder / "model"), recipe)
         else:
             raise UsageError(
                 f"{folder}: this run holds no adapter/ and no model/: it has not ended; go on with --resume"
             )
-    if not (folder / CONFIG_NAME).is_file():
+    if not os.path.isfile(folder / CONFIG_NAME):
         return Place(None, str(name), None)
     base = base or (recipe.model if recipe else None)
     if base:
         return Place(folder, base, recipe)
-    base = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    base = read_object(contained(folder, CONFIG_NAME, UsageError), UsageError).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise UsageError(f"{folder / CONFIG_NAME}: names no base model (base_model_name_or_path)")
     return Place(folder, base, None)
 

@@ -38,6 +38,8 @@ from smidgen.adapters.files import (
 )
 from smidgen.errors import AdapterFileError, UsageError, did_you_mean
 from smidgen.models.fingerprint import fingerprint, same_base
+from smidgen.models.vocabulary import give_back, row_count, settle, untouched_rows, vocabulary_of
+from smidgen.models.vocabulary_files import fit_vocabulary, metadata_of
 from smidgen.registry import METHODS
 
 # The mixin is made into a class only together with a model's own, whose methods it calls.
@@ -156,11 +158,12 @@ class AdaptedModel(MadeInPlace, _Model):
         self._adapters.active = names
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off the model."""
+        """Take an adapter off the model, and rows of the vocabulary that were added for it alone."""
         self._check_names([adapter_name])
         if adapter_name in attach.merged_names(self):
             raise UsageError(f"adapter '{adapter_name}' is merged into the weights; call unmerge_adapter() first")
         attach.detach(self, self._adapters, adapter_name)
+        give_back(self)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -211,12 +214,14 @@ class AdaptedModel(MadeInPlace, _Model):
         self.merge_adapter(adapter_names)
         for _, module in list(attach.adapted_modules(self)):
             module._replaced.clear()
+        settle(self)
         return self.unload()
 
     def unload(self) -> Any:
-        """Take all adapters off; the weights stay as they are now."""
+        """Take all adapters off; the weights stay as they are now, without rows that were added for the adapters."""
         for name in list(self._adapters.configs):
             attach.detach(self, self._adapters, name)
+        give_back(self)
         for attribute in ("_adapters", "_hf_peft_config_loaded"):
             delattr(self, attribute)
         self.__class__ = class_without(type(self), AdaptedModel)
@@ -258,11 +263,12 @@ class AdaptedModel(MadeInPlace, _Model):
             config = self._adapters.configs[name]
             tensors = adapter_state_dict(self, name, state_dict)
             if save_embedding_layers and not merged:
-                tensors |= base_embeddings(self, name, config)
+                grown = row_count(self) > vocabulary_of(self).base_rows
+                tensors |= base_embeddings(self, name, config, grown)
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             trained, config.inference_mode = config.inference_mode, True
             try:
-                save_adapter(folder, tensors, config, {} if merged else {"base_fingerprint": fingerprint(self)})
+                save_adapter(folder, tensors, config, metadata_of(self, config) | self._base_marks(name))
             finally:
                 config.inference_mode = trained
             if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
@@ -303,24 +309,39 @@ class AdaptedModel(MadeInPlace, _Model):
         _refuse(kwargs, "load_adapter")
         folder = adapter_folder(model_id, **hub)
         tensors, metadata = read_adapter(folder)
-        self._check_base(folder, metadata, force)
         new = adapter_name not in self._adapters.configs
-        if new:
-            config = PeftConfig.from_pretrained(folder, inference_mode=not is_trainable)
-            self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        config = PeftConfig.from_pretrained(folder, inference_mode=not is_trainable)
         try:
-            load_tensors(self, adapter_name, tensors, str(folder))
-        except AdapterFileError:
+            tensors = fit_vocabulary(self, config, tensors, metadata, str(folder))
+            self._check_base(folder, metadata, force)
             if new:
+                self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            load_tensors(self, adapter_name, tensors, str(folder))
+        except UsageError:
+            if new and adapter_name in self._adapters.configs:
                 attach.detach(self, self._adapters, adapter_name)
+            give_back(self)
             raise
         self._set_trainable(adapter_name, is_trainable)
+
+    def _base_marks(self, name: str) -> dict[str, Any]:
+        """What the file of the adapter `name` says about its base; nothing while adapters are merged into it."""
+        if attach.merged_names(self):
+            return {}
+        marks: dict[str, Any] = {"base_fingerprint": fingerprint(self)}
+        rows = untouched_rows(self, name)
+        if any(count < vocabulary_of(self).base_rows for count in rows.values()):
+            marks |= {"untouched_rows": rows, "untouched_fingerprint": fingerprint(self, rows)}
+        return marks
 
     def _check_base(self, folder: Path, metadata: dict[str, Any], force: bool) -> None:
         trained_on = metadata.get("base_fingerprint")
         if trained_on is None or force or attach.merged_names(self):
             return
         here = fingerprint(self)
+        rows = metadata.get("untouched_rows")
+        if rows and same_base(fingerprint(self, rows), metadata["untouched_fingerprint"]):
+            return
         if not same_base(here, trained_on):
             raise AdapterFileError(
                 f"{folder}: trained on base {trained_on[:12]}, this is {here[:12]}: other weights or another shape. "

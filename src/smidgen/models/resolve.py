@@ -22,8 +22,8 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from smidgen.errors import ModelError, did_you_mean
+from smidgen.foreign import PICKLES, read_object, shown
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 
 
@@ -56,10 +56,12 @@ def resolve_model(name: str, *, say: Callable[[str], None] = print) -> Path:
     Raises:
         ModelError: there is no such model, it cannot be fetched, or it is kept in pickle files.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    if name.startswith(("\\\\", "//")):
+        raise ModelError(f"{name}: refused: a network share; copy the model here, or mount the share under a name")
+    path = Path(os.path.expanduser(name))  # an unknown ~user stays as it is
+    if os.path.isdir(path):
         return _checked(path, say)
-    if path.is_file():
+    if os.path.isfile(path):
         return _from_file(path, say)
     if name in BUILT_IN:
         return _built_in(name, say)
@@ -79,20 +81,18 @@ def _checked(folder: Path, say: Callable[[str], None]) -> Path:
             raise ModelError(f"{folder}: is an adapter, not a model; its adapter_config.json names the base model")
         raise ModelError(f"{folder}: no config.json in it, so it is no model folder")
     if not any(folder.glob("*.safetensors")):
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
-        raise _pickle_refused(folder / pickles[0]) if pickles else ModelError(f"{folder}: no *.safetensors file in it")
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+        raise pickle_refused(folder / pickles[0]) if pickles else ModelError(f"{folder}: no *.safetensors file in it")
     for file in ("config.json", "tokenizer_config.json"):
         if (folder / file).is_file():
-            try:
-                own_code = json.loads((folder / file).read_text(encoding="utf-8")).get("auto_map")
-            except ValueError as error:
-                raise ModelError(f"{folder / file}: not valid JSON: {error}") from error
+            own_code = read_object(folder / file, ModelError).get("auto_map")
             if own_code:
-                say(f"{folder / file}: names code of its own ({json.dumps(own_code)}); it is ignored, never run")
+                say(f"{folder / file}: names code of its own ({shown(json.dumps(own_code))}); it is ignored, never run")
     return folder
 
 
-def _pickle_refused(file: Path) -> ModelError:
+def pickle_refused(file: Path) -> ModelError:
+    """The error for a file that holds a pickle, or may."""
     return ModelError(
         f"{file}: refused: a pickle file can run any code when it is read. If you trust it, convert it once with "
         f"transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), and give NEW_FOLDER."
@@ -100,8 +100,8 @@ def _pickle_refused(file: Path) -> ModelError:
 
 
 def _from_file(file: Path, say: Callable[[str], None]) -> Path:
-    if file.suffix in _PICKLES:
-        raise _pickle_refused(file)
+    if file.suffix in PICKLES:
+        raise pickle_refused(file)
     if file.suffix != ".gguf":
         raise ModelError(f"{file}: neither a folder nor a .gguf file; for safetensors weights give their folder")
     state = file.stat()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters.attach import Adapted, MadeInPlace, class_with, class_without, merged_names
 from smidgen.adapters.base import Adapter, base_modules
-from smidgen.adapters.trained import Mirror, TokenRows
+from smidgen.adapters.trained import Mirror, TokenRows, TrainedCopy
 from smidgen.errors import AdapterFileError, UsageError, raise_all
 
 # More rows than any tokenizer adds: a file that asks for them is a mistake, or an attack on the memory.
@@ -51,10 +51,8 @@ class GrownHead(MadeInPlace):
 
 
 def vocabulary_of(model: Any) -> Vocabulary:
-    """What was done to the vocabulary of `model`; it is remembered from the first call on."""
-    if "_vocabulary" not in model.__dict__:
-        model.__dict__["_vocabulary"] = Vocabulary(row_count(model))
-    return model.__dict__["_vocabulary"]
+    """What was done to the vocabulary of `model`."""
+    return model.__dict__.get("_vocabulary") or Vocabulary(row_count(model))
 
 
 def vocabulary_layers(model: Any) -> dict[str, Any]:
@@ -95,6 +93,7 @@ def resize(model: Any, rows: int) -> None:
             if not _holds_rows(adapter)
         ],
     )
+    model.__dict__["_vocabulary"] = state
     resized: set[int] = set()
     for layer in layers.values():
         for name, parameter in layer.named_parameters(recurse=False):
@@ -114,12 +113,16 @@ def give_back(model: Any) -> None:
     layers = vocabulary_layers(model)
     if not layers:
         return
-    state, rows = vocabulary_of(model), 0
+    needed: set[int] = set()
     for _, _, adapter in _adapters_at(layers):
-        rows = max(rows, int(adapter.indices.max()) + 1) if isinstance(adapter, TokenRows) else rows
-        rows = rows if _holds_rows(adapter) else row_count(model)
-    resize(model, rows)
-    state.tokens = {name: token for name, token in state.tokens.items() if token.id < row_count(model)}
+        if not _holds_rows(adapter):
+            return  # it has the size of the vocabulary as it is now
+        needed.update(adapter.indices.tolist() if isinstance(adapter, TokenRows) else ())
+    state = vocabulary_of(model)
+    resize(model, max(needed, default=-1) + 1)
+    state.tokens = {name: token for name, token in state.tokens.items() if token.id in needed}
+    if not needed:
+        settle(model)
 
 
 def settle(model: Any) -> None:
@@ -135,7 +138,8 @@ def remember(model: Any, tokens: Mapping[str, Token], place: str = "") -> None:
     Raises:
         AdapterFileError: an id has another string already, or a string another id; each is named.
     """
-    known = vocabulary_of(model).tokens
+    state = vocabulary_of(model)
+    known = state.tokens
     by_id = {token.id: name for name, token in known.items()}
     problems = [
         f"{place}: token {name} has id {token.id} there, but in this model "
@@ -145,28 +149,23 @@ def remember(model: Any, tokens: Mapping[str, Token], place: str = "") -> None:
     ]
     raise_all(AdapterFileError, problems)
     known.update(tokens)
+    model.__dict__["_vocabulary"] = state
 
 
-def own_rows(model: Any, name: str) -> dict[int, int]:
-    """How many first rows of each tensor of the vocabulary (by the tensor's id) are the base's, seen from adapter `name`.
+def untouched_rows(model: Any, name: str) -> dict[str, int]:
+    """For each layer of the vocabulary, by path: how many first rows the adapter `name` leaves as the base has them.
 
-    All but those that were added here; where the caller resized the model by hand, all but the last rows, if the
-    adapter trains them. What is left is the same whether the base was resized or not.
+    A model that its owner resized by hand, before it got the adapter, is equal to the one before in these rows.
     """
-    layers = vocabulary_layers(model)
-    if not layers:
-        return {}
-    rows, state = row_count(model), vocabulary_of(model)
-    own = {id(layer.weight): state.base_rows for layer in layers.values()}
-    if rows == state.base_rows:
-        for layer in layers.values():
-            adapter = layer.adapters[name] if name in getattr(layer, "adapters", ()) else None
-            if adapter is None or isinstance(adapter, Mirror):
-                continue
-            trained = set(adapter.indices.tolist()) if isinstance(adapter, TokenRows) else set()
-            while own[id(layer.weight)] - 1 in trained:
-                own[id(layer.weight)] -= 1
-    return own
+    rows = {}
+    for path, layer in vocabulary_layers(model).items():
+        adapter = layer.adapters[name] if isinstance(layer, Adapted) and name in layer.adapters else None
+        adapter = adapter.owner if isinstance(adapter, Mirror) else adapter
+        rows[path] = 0 if isinstance(adapter, TrainedCopy) else vocabulary_of(model).base_rows
+        trained = adapter.indices.tolist() if isinstance(adapter, TokenRows) else []
+        while rows[path] - 1 in trained:
+            rows[path] -= 1
+    return rows
 
 
 def _adapters_at(layers: Mapping[str, Any]) -> Iterator[tuple[str, str, Adapter]]:

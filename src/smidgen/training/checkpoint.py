@@ -4,8 +4,8 @@ A checkpoint is a folder ``step-N`` with
 
 - ``weights.safetensors``: the trainable parameters under their names in the model,
 - ``optimizer.safetensors``: the optimizer's tensors as ``<parameter>.<what>``,
-- ``random.safetensors``: the state of torch's generators, one for each device,
-- ``state.json``: where the run stands, the generators of Python and numpy, the recipe.
+- ``random.safetensors``: the states of torch's generators as ``<rank>.<device>``,
+- ``state.json``: where the run stands, the generators of Python and numpy of each rank, the recipe.
 
 It is written under another name, flushed to the disk and renamed: a folder called ``step-N`` is always complete.
 """
@@ -17,7 +17,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,24 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
+from safetensors.torch import save as save_bytes
 from torch import nn
 
 from smidgen.errors import TrainingStopped, UsageError, raise_all
-from smidgen.training.guards import check_finite
+from smidgen.foreign import contained, read_object, shown
+from smidgen.safetensors_header import read_header
+from smidgen.training.guards import check_disk, check_finite
+from smidgen.training.launch import rank
+from smidgen.training.processes import collect, gather_bytes, is_first, spread_like, world
+from smidgen.training.zero import Zero
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, OPTIMIZER, RANDOM, STATE = "weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
+
+# What a state must hold, beside what the run adds; the window is the loop's.
+_FIELDS: dict[str, type] = {"step": int, "processes": int, "random": list, "window": dict, "scaler": dict, "budget": int}
+_WINDOW = {"loss", "count", "tokens", "seconds"}
 
 
 @dataclass(frozen=True)
@@ -43,13 +53,13 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | Zero) -> None:
         """Put weights, optimizer and random generators back, in place.
 
         Raises:
-            UsageError: the checkpoint's tensors are not those of the model.
+            UsageError: a file is damaged, or its tensors are not those of the model; nothing was changed then.
         """
-        weights = load_file(self.folder / WEIGHTS)
+        weights, moments, generators = (_read(self.folder / name) for name in (WEIGHTS, OPTIMIZER, RANDOM))
         own = trainable(model)
         problems = [f"only in the checkpoint: {name}" for name in weights.keys() - own.keys()]
         problems += [f"only in the model: {name}" for name in own.keys() - weights.keys()]
@@ -58,12 +68,19 @@ class Checkpoint:
             for name in own.keys() & weights.keys()
             if own[name].shape != weights[name].shape
         ]
+        for key, moment in moments.items():
+            name = key.rpartition(".")[0]
+            if name not in own or (moment.ndim and moment.shape != own[name].shape):
+                problems.append(f"{OPTIMIZER}: '{shown(key)}' of shape {tuple(moment.shape)} belongs to no parameter")
         raise_all(UsageError, sorted(f"{self.folder}: {problem}" for problem in problems))
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(weights[name])
-        _restore_optimizer(optimizer, load_file(self.folder / OPTIMIZER))
-        _restore_random(self.state["random"], load_file(self.folder / RANDOM))
+                parameter.copy_(spread_like(weights[name], parameter))
+        _restore_optimizer(optimizer, moments)
+        try:
+            _restore_random(self.state["random"], generators)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
+            raise UsageError(f"{self.folder}: the random generators are damaged: {shown(error)}") from error
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -75,34 +92,37 @@ def save(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Zero,
     state: Mapping[str, Any],
     keep: int | None,
 ) -> Path:
     """Write the checkpoint ``folder/step-N`` and remove all but the newest `keep`.
 
+    All processes call it together; the first one writes what it collects from them.
+
     Raises:
         TrainingStopped: a tensor is not finite, or the disk is full; earlier checkpoints are as they were.
     """
-    weights = {name: parameter.detach().contiguous() for name, parameter in trainable(model).items()}
-    check_finite(weights.items())
-    generators, random_state = _random_state()
+    weights, moments = collect(trainable(model)), collect(_optimizer_tensors(optimizer))
+    generators, random_states = _gather_random(next(model.parameters()).device)
     final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
-    if final.exists():
+    if final.exists() or not is_first():
         return final
+    check_finite(weights.items())
     try:
         shutil.rmtree(partial, ignore_errors=True)
+        check_disk(folder, sum(tensor.nbytes for tensor in (*weights.values(), *moments.values())))
         partial.mkdir(parents=True)
         save_file(weights, partial / WEIGHTS)
-        save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER)
+        save_file(moments, partial / OPTIMIZER)
         save_file(generators, partial / RANDOM)
-        document = {"format": FORMAT, "step": step, **state, "random": random_state}
+        document = {"format": FORMAT, "step": step, **state, "processes": world(), "random": random_states}
         (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             _flush(path)
         os.replace(partial, final)
         _flush(folder)
-    except (OSError, SafetensorError) as error:  # a full disk is either, by which library writes
+    except (OSError, SafetensorError, UsageError) as error:  # a full disk is each of these, by who finds it
         shutil.rmtree(partial, ignore_errors=True)
         kept = latest(folder)
         raise TrainingStopped(
@@ -120,14 +140,31 @@ def latest(folder: Path) -> Checkpoint | None:
     """The newest complete checkpoint in a folder, if there is one.
 
     Raises:
-        UsageError: it was written by another version of the format.
+        UsageError: it was written by another version of the format, or is damaged.
     """
     for path in _folders(folder):
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise UsageError(f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}")
+        state = read_object(contained(path, STATE, UsageError), UsageError)
+        if state.get("format") != FORMAT:
+            raise UsageError(f"{path}: checkpoint format {shown(state.get('format'))}, this version reads {FORMAT}")
+        wrong = [name for name, kind in _FIELDS.items() if not isinstance(state.get(name), kind)]
+        if not wrong and (state["window"].keys() != _WINDOW or not all(map(_is_number, state["window"].values()))):
+            wrong.append("window")
+        if wrong:
+            raise UsageError(f"{path / STATE}: damaged: {', '.join(wrong)} missing or of a wrong kind")
         return Checkpoint(path, state["step"], state)
     return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    read_header(contained(path.parent, path.name, UsageError), UsageError)
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UsageError(f"{path}: not a readable safetensors file: {error}") from error
 
 
 def size(model: nn.Module) -> int:
@@ -160,26 +197,39 @@ def _named(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     }
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(optimizer: torch.optim.Optimizer | Zero) -> dict[str, torch.Tensor]:
+    if isinstance(optimizer, Zero):
+        return optimizer.tensors()
     return {
-        f"{name}.{what}": tensor.contiguous()
+        f"{name}.{what}": tensor
         for name, parameter in _named(optimizer).items()
         for what, tensor in optimizer.state.get(parameter, {}).items()
     }
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+def _restore_optimizer(optimizer: torch.optim.Optimizer | Zero, tensors: Mapping[str, torch.Tensor]) -> None:
+    if isinstance(optimizer, Zero):
+        return optimizer.restore(tensors)
     parameters = _named(optimizer)
     optimizer.state.clear()
     for key, tensor in tensors.items():
         name, _, what = key.rpartition(".")
-        optimizer.state[parameters[name]][what] = tensor.to(parameters[name].device)
+        optimizer.state[parameters[name]][what] = spread_like(tensor, parameters[name])
+
+
+def _gather_random(device: torch.device) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """The generators of all processes: torch's as ``<rank>.<device>``, and Python's and numpy's by rank."""
+    own, rest = _random_state()
+    tensors = [load(data) for data in gather_bytes(save_bytes(own), device)]
+    generators = {f"{rank}.{name}": state for rank, states in enumerate(tensors) for name, state in states.items()}
+    return generators, [json.loads(data) for data in gather_bytes(json.dumps(rest).encode(), device)]
 
 
 def _random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """torch's generators as tensors; Python's and numpy's as JSON."""
+    """This process's generators: torch's as tensors; Python's and numpy's as JSON."""
     generators = {"cpu": torch.get_rng_state()}
-    generators |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.cuda.is_available():
+        generators["cuda"] = torch.cuda.get_rng_state()
     if torch.backends.mps.is_available():
         generators["mps"] = torch.mps.get_rng_state()
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
@@ -189,15 +239,14 @@ def _random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     }
 
 
-def _restore_random(state: Mapping[str, Any], generators: Mapping[str, torch.Tensor]) -> None:
+def _restore_random(states: Sequence[Mapping[str, Any]], generators: Mapping[str, torch.Tensor]) -> None:
+    state = states[rank()]
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    for device, generator in generators.items():
-        if device == "cpu":
-            torch.set_rng_state(generator)
-        elif device == "mps":
-            torch.mps.set_rng_state(generator)
-        else:
-            torch.cuda.set_rng_state(generator, device)
+    restorers = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state, "mps": torch.mps.set_rng_state}
+    for name, generator in generators.items():
+        number, _, device = name.partition(".")
+        if int(number) == rank():
+            restorers[device](generator)

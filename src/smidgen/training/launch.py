@@ -32,8 +32,8 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def launch(count: int, arguments: Sequence[str], say: Callable[[str], None]) -> int:
-    """Run ``python -m smidgen ARGUMENTS`` in `count` processes until all have ended.
+def launch(count: int, command: Sequence[str], say: Callable[[str], None]) -> int:
+    """Run a command in `count` processes until all have ended.
 
     Ctrl-C and SIGTERM are passed on to all of them, and waited for. When one fails, the others are ended.
 
@@ -53,17 +53,18 @@ def launch(count: int, arguments: Sequence[str], say: Callable[[str], None]) -> 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": threads,
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # who lost whom when one has failed
     }
     started: list[subprocess.Popen[bytes]] = []
     with _passing_signals(started):
         for number in range(count):
-            started.append(_start(arguments, shared | {"RANK": str(number), "LOCAL_RANK": str(number)}))
+            started.append(_start(command, shared | {"RANK": str(number), "LOCAL_RANK": str(number)}))
         return _wait(started)
 
 
-def _start(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     # A session of its own: the terminal's Ctrl-C reaches the launcher alone, which passes it on once.
-    return subprocess.Popen([sys.executable, "-m", "smidgen", *arguments], env=environment, start_new_session=True)
+    return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,14 +28,16 @@ from torch import nn
 from smidgen.adapters.base import Adapter
 from smidgen.data.packing import Batch, epoch_plan
 from smidgen.data.rows import TokenRows
-from smidgen.errors import DataError, TrainingStopped
+from smidgen.errors import DataError, TrainingStopped, UsageError
+from smidgen.foreign import parse_json
 from smidgen.losses.reduce import mean_share
 from smidgen.recipe import TrainRecipe
-from smidgen.training import checkpoint
+from smidgen.training import checkpoint, processes, zero
 from smidgen.training.guards import BAD_UPDATES_IN_A_ROW, GradientGuard, Interrupted, first_bad_module
 from smidgen.training.objectives import Collating, Objective
 from smidgen.training.optimizers import learning_rate, make_optimizer, updates_of
 from smidgen.training.progress import Progress
+from smidgen.training.zero import Zero
 
 
 @dataclass
@@ -82,7 +85,9 @@ class Loop:
             raise DataError(f"0 supervised tokens in {len(self.rows):,} rows: there is nothing to learn from")
         self.parameters = checkpoint.trainable(self.model)
         self.lengths = self.rows.lengths
-        self.optimizer = make_optimizer(self.parameters.items(), self.train)
+        adamw = make_optimizer(self.parameters.items(), self.train)
+        self.zero = Zero(self.model, adamw, self.train.max_grad_norm) if zero.asked() else None
+        self.optimizer: Any = self.zero or adamw
         halves = [p.dtype for p in self.model.parameters()].count(torch.float16) or self.autocast == torch.float16
         # Small gradients vanish in float16, so the loss is scaled up; AdamW does not see it.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=bool(halves))
@@ -101,9 +106,13 @@ class Loop:
         self.step = self.last_good = found.step
         self.window = Window(**found.state["window"])
         self.scaler.load_state_dict(found.state["scaler"])
-        log = self.folder / "log.jsonl"
-        kept = [line for line in read_log(self.folder) if line["step"] <= self.step]
-        log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        # What fits was chosen then; rows that are cut into other micro-batches round otherwise.
+        self.how = replace(self.how, token_budget=found.state["budget"])
+        if self.accelerator.is_main_process:
+            kept = [line for line in read_log(self.folder) if line["step"] <= self.step]
+            partial = self.folder / ".log.partial"
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(partial, self.folder / "log.jsonl")
 
     def fit(self) -> None:
         """Train to the last step.
@@ -119,7 +128,7 @@ class Loop:
                 self._update(self._rows_of(self.step))
                 if self.train.save_steps and (self.step % self.train.save_steps == 0 or self.step == self.total):
                     self.save()
-                if self._asked_to_stop:
+                if processes.any_of(self._asked_to_stop, self.device):
                     folder = self.save()
                     raise Interrupted(
                         f"stopped at step {self.step} of {self.total}; {folder} is kept. Go on with: --resume"
@@ -129,11 +138,12 @@ class Loop:
     def save(self) -> Path:
         """Write a checkpoint of the present state."""
         state = {**self.state, "window": vars(self.window), "scaler": self.scaler.state_dict()}
+        state["budget"] = self.how.token_budget
         folder = self.folder / "checkpoints"
-        if self.accelerator.is_main_process:
-            checkpoint.save(folder, self.step, self.model, self.optimizer, state, self.train.save_total_limit)
+        keep = self.train.save_total_limit
+        written = checkpoint.save(folder, self.step, self.model, self.optimizer, state, keep)
         self.accelerator.wait_for_everyone()
-        return folder / f"step-{self.step}"
+        return written
 
     def evaluate(self) -> float:
         """The loss per supervised token of the held-out rows."""
@@ -155,10 +165,6 @@ class Loop:
             )
         return self._planned[1]
 
-    def _micro_batches(self, update: Sequence[int]) -> list[Batch]:
-        """The micro-batches of an update that this process computes."""
-        return list(_batches(self.objective, self.rows, update, self.how, self.accelerator, self.device))
-
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
             self.objective.prepare(self.model, batch)
@@ -167,21 +173,27 @@ class Loop:
 
     def _update(self, update: list[int]) -> None:
         begun = time.perf_counter()
-        batches = self._micro_batches(update)
-        mine = sum(self.objective.count(batch) for batch in batches)
-        count = int(self._sum(torch.tensor(mine, device=self.device)).item())
+        together = self.zero is not None or processes.is_sharded(self.model)
+        place = (self.accelerator, self.device)
+        batches, idle = _passes(together, self.objective, self.rows, update, self.how, *place)
+        mine = [sum(self.objective.count(batch) for batch in batches), sum(len(batch.rows) for batch in batches)]
+        count, rows = self._sum(torch.tensor(mine, device=self.device)).tolist()
+        assert rows == len(update), f"{rows} rows are computed of the {len(update)} of the update"
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
         for batch in batches:
             values, _ = self._loss(batch)
             share = mean_share(values, count)
-            self.scaler.scale(share).backward()
+            self._backward(share)
             loss += share.detach()
+        for batch in idle:
+            self._backward(0 * self._loss(batch)[0].sum())
+        shares = 1 if processes.is_sharded(self.model) else self.accelerator.num_processes
         for penalty in self._penalties():
-            self.scaler.scale(penalty / self.accelerator.num_processes).backward()
+            self._backward(penalty / shares)
         self._sum_gradients()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.train.max_grad_norm)
+        norm = processes.whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.train.max_grad_norm))
         loss_value, norm_value = self._sum(loss).item(), norm.item()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             self.scaler.update()
@@ -202,6 +214,19 @@ class Loop:
         self.window.seconds += time.perf_counter() - begun
         self._tell(rate, norm_value)
 
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self.zero:
+            self.zero.backward(loss)
+        else:
+            self.scaler.scale(loss).backward()
+
+    def _sum_gradients(self) -> None:
+        """Over all processes; each has the share of its own rows in the mean over the update."""
+        if self.zero:
+            self.zero.gather_gradients()
+        else:
+            processes.sum_gradients(self.parameters.values())
+
     def _penalties(self) -> list[torch.Tensor]:
         """The terms that adapters add to the loss of an update; they are not part of the logged loss."""
         adapters = (module for module in self.model.modules() if isinstance(module, Adapter))
@@ -209,13 +234,6 @@ class Loop:
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, self.accelerator.reduce(tensor))  # over all processes
-
-    def _sum_gradients(self) -> None:
-        """Add up the gradients of all processes; each has the share of its own rows in the mean over the update."""
-        if self.accelerator.num_processes > 1:
-            for parameter in self.parameters.values():
-                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self._sum(grad)
 
     def _tell(self, rate: float, norm: float) -> None:
         """Show the step; log it when it is due, with the held-out loss when that is due."""
@@ -245,6 +263,8 @@ class Loop:
         """Leave out an update whose loss or gradient is not finite; name the rows and the module it came from."""
         self.bad += 1
         self.step += 1
+        if self.zero:
+            self.zero.forget()
         rows, module = self._blame(update)
         named = ", ".join(self.rows[index].where for index in rows) or "no single row; only together"
         self.optimizer.zero_grad()
@@ -263,14 +283,26 @@ class Loop:
             for index in update:
                 (batch,) = self.objective.collate(self.rows, [index], self.how)
                 batch = batch.to(self.device)
-                self.optimizer.zero_grad()
                 loss = self._loss(batch)[0].sum()
-                loss.backward()
-                grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-                if not (loss.isfinite() and all(grad.isfinite().all() for grad in grads)):
+                if not (loss.isfinite() and all(grad.isfinite().all() for grad in self._gradients(loss))):
                     bad.append(index)
-                    module = module or first_bad_module(self.model, lambda batch=batch: self._loss(batch)[0].sum())
+                    module = module or self._first_bad_module(batch, loss)
         return bad, module
+
+    def _gradients(self, loss: torch.Tensor) -> list[torch.Tensor]:
+        """The gradients of a loss alone, those that there are."""
+        if self.zero:  # without the hooks by which DeepSpeed takes gradients away
+            found = torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)
+        else:
+            self.optimizer.zero_grad()
+            loss.backward()
+            found = [parameter.grad for parameter in self.parameters.values()]
+        return [grad for grad in found if grad is not None]
+
+    def _first_bad_module(self, batch: Batch, loss: torch.Tensor) -> str:
+        if self.zero and loss.isfinite():
+            return "in the backward pass"  # DeepSpeed's hooks hide where
+        return first_bad_module(self.model, lambda: self._loss(batch)[0].sum())
 
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:
@@ -311,32 +343,43 @@ def evaluate(
     order = np.argsort(rows.lengths, kind="stable").tolist()
     chunk = 256  # rows: few enough to hold their micro-batches, enough to fill them
     for start in range(0, len(order), chunk):
-        for batch in _batches(objective, rows, order[start : start + chunk], how, accelerator, device):
+        indices, together = order[start : start + chunk], processes.is_sharded(model)
+        batches, idle = _passes(together, objective, rows, indices, how, accelerator, device)
+        for number, batch in enumerate(batches + idle):
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 objective.prepare(model, batch)
                 values, _ = objective.loss(model, batch)
-            total += values.sum().item()
-            count += len(values)
+            if number < len(batches):
+                total += values.sum().item()
+                count += len(values)
     model.train(was_training)
     both = torch.tensor([total, count], dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     total, count = cast(torch.Tensor, accelerator.reduce(both)).tolist()
     return total / count
 
 
-def _batches(
+def _passes(
+    together: bool,
     objective: Objective,
     rows: TokenRows,
     indices: Sequence[int],
     how: Collating,
     accelerator: Accelerator,
     device: torch.device,
-) -> Iterator[Batch]:
+) -> tuple[list[Batch], list[Batch]]:
+    """The micro-batches of this process, and those that it computes to no effect, while others need it for theirs."""
     mine = indices[accelerator.process_index :: accelerator.num_processes]
-    for batch in objective.collate(rows, mine, how) if mine else []:
-        yield batch.to(device)
+    own = [batch.to(device) for batch in objective.collate(rows, mine, how)] if mine else []
+    missing = processes.idle_passes(len(own), device) if together else 0
+    spare = own[:1] or ([objective.collate(rows, indices[:1], how)[0].to(device)] if missing else [])
+    return own, spare * missing
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's ``log.jsonl``; none if it has no log yet."""
+    """The lines of a run's ``log.jsonl``; none if it has no log yet. A run that was killed may leave half a line."""
     path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    logged = [parse_json(line, str(path), UsageError) for line in lines if line.endswith("\n")]
+    if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in logged):
+        raise UsageError(f"{path}: damaged: each line must be an object with its step")
+    return logged

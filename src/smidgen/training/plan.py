@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from smidgen.data.rows import TokenRows
+from smidgen.models.load import free_memory
 from smidgen.models.scores import vocabulary_size
 from smidgen.training.objectives import Collating, Objective
 
@@ -205,15 +205,6 @@ def remedy(
     if not checkpointing:
         return "train.gradient_checkpointing=true, which holds the activations of one layer at a time"
     return f"data.max_length={longest // 2}, or a smaller model"
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that the device can still give."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return psutil.virtual_memory().available
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

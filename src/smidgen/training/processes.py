@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import platform
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from smidgen.errors import UsageError, raise_all
 from smidgen.recipe import TrainRecipe
+from smidgen.training import zero
 from smidgen.training.launch import world as launched
 
 # Tokenising and checking by the first process alone may take long; a process that is gone is noticed at once.
@@ -43,8 +46,11 @@ _ELSEWHERE = {
 }
 
 
-def check_launch(train: TrainRecipe) -> None:
+def check_launch(train: TrainRecipe, trains_base: bool) -> None:
     """Refuse, before anything is started, what the processes that were launched cannot do.
+
+    Args:
+        trains_base: whether parameters of the base model are trained, and no adapter.
 
     Raises:
         UsageError: with a line for each problem.
@@ -61,6 +67,9 @@ def check_launch(train: TrainRecipe) -> None:
             f"ACCELERATE_MIXED_PRECISION={precision}: the recipe says how numbers are kept, by 'dtype' in 'train'; "
             "write 'mixed_precision: no' in accelerate's configuration, or --mixed_precision no"
         )
+    problems += zero.problems(train, trains_base) if zero.asked() else []
+    if count == 1 and zero.asked():
+        problems.append("DeepSpeed: one process has nothing to share; start several: --num_processes 2")
     if train.fsdp and count == 1:
         problems.append("train.fsdp: one process has nothing to share; start several: --processes 2, or leave it out")
     if train.batch_size < count:
@@ -82,10 +91,10 @@ def _asked(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("true", "1", "yes")
 
 
-def check_shardable(config: Mapping[str, Any], fsdp: str | None) -> None:
-    """Raises UsageError if FSDP is asked for and the model's ``config.json`` says that its weights are quantised."""
-    quantised = config.get("quantization_config")
-    if fsdp and quantised:
+def check_shardable(base: Path) -> None:
+    """Raises UsageError if the model in a folder has weights that FSDP cannot shard."""
+    quantised = json.loads((base / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if quantised:
         bits = "int8" if quantised.get("load_in_8bit") else quantised.get("quant_method", "quantised")
         raise UsageError(
             f"train.fsdp: FSDP cannot shard {bits} weights; take the model's 16-bit weights, or leave out 'fsdp': then "
@@ -97,9 +106,9 @@ def check_number(found: Mapping[str, Any]) -> None:
     """Raises UsageError if the state of a checkpoint is that of another number of processes than there are now."""
     if found["processes"] != launched():
         raise UsageError(
-            f"cannot resume: the checkpoint is of {found['processes']} processes, this run has {launched()}; sums would "
-            f"be rounded and units dropped otherwise. Start it with --processes {found['processes']}, or begin a new "
-            "run from trained weights: --init-adapter FOLDER output=OTHER"
+            f"cannot resume: the checkpoint is of {found['processes']} processes, this run has {launched()}: it would "
+            f"not go on to the bit. Start it with --processes {found['processes']}, or begin a new run from trained "
+            "weights: --init-adapter FOLDER output=OTHER"
         )
 
 
@@ -131,12 +140,13 @@ def introduce(accelerator: Accelerator, batch_size: int) -> str | None:
     if count == 1:
         return None
     device = accelerator.device
+    name = str(device) if device.index is not None and device.type != "cpu" else device.type
     unit = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else f"process {os.getpid()}"
-    told = [text.decode() for text in gather_bytes(f"{device}\n{platform.node()} {unit}".encode(), device)]
+    told = [text.decode() for text in gather_bytes(f"{name}\n{platform.node()} {unit}".encode(), device)]
     devices, units = [text.split("\n")[0] for text in told], [text.split("\n")[1] for text in told]
-    shared = [f"rank {rank} and rank {units.index(unit)}" for rank, unit in enumerate(units) if units.index(unit) < rank]
+    shared = [f"rank {rank}" for rank, unit in enumerate(units) if units.count(unit) > 1]
     if shared:
-        raise UsageError(f"{', '.join(shared)} are on one device ({device}); start one process for each GPU")
+        raise UsageError(f"{', '.join(shared)} share a device with another; start one process for each GPU")
     rows = [len(range(rank, batch_size, count)) for rank in range(count)]
     assert sum(rows) == batch_size
     each = f"{count} processes x {rows[0]} rows" if rows[0] == rows[-1] else " + ".join(map(str, rows)) + " rows"
@@ -255,7 +265,7 @@ def gathered(model: nn.Module, skeleton: nn.Module, device: torch.device) -> nn.
     return place(skeleton, device)
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
+def place(model: Any, device: torch.device) -> Any:
     """Move a whole model to `device` if its weights take less than half of what is free there; else leave it."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     fits = device.type != "cuda" or 2 * size < torch.cuda.mem_get_info(device)[0]
@@ -267,9 +277,9 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def idle_passes(model: nn.Module, passes: int, device: torch.device) -> int:
+def idle_passes(passes: int, device: torch.device) -> int:
     """*Together*: how many passes this process has to make beside its own `passes`, so that all make as many."""
-    return _most(passes, device) - passes if is_sharded(model) else 0
+    return _most(passes, device) - passes
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,18 +22,20 @@ import platform
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from safetensors import SafetensorError
 from torch import nn
 
 from smidgen.errors import TrainingStopped, UsageError
 from smidgen.models.fingerprint import fingerprint
-from smidgen.models.load import quiet, stop_token_ids
+from smidgen.models.load import best_device, quiet, stop_token_ids
 from smidgen.recipe import Recipe, difference, load_recipe, recipe_hash
-from smidgen.training import checkpoint, proof
+from smidgen.registry import METHODS
+from smidgen.training import checkpoint, processes, proof, zero
 from smidgen.training.guards import check_disk, check_finite
 from smidgen.training.loop import Loop
 from smidgen.training.memory import PeakMemory, held, telling_out_of_memory
@@ -84,22 +86,30 @@ def train(
     accelerator = _accelerator(recipe, folder)
     with accelerator.main_process_first():
         found = _open_folder(folder, recipe, resume, overwrite)
+    if found:
+        processes.check_number(found.state)
     _start_trackers(accelerator, recipe)
-    if found and not init_adapter and found.state["init_adapter"]:
+    if found and not init_adapter and found.state.get("init_adapter"):
         init_adapter = Path(found.state["init_adapter"])
     if not accelerator.is_main_process:
         say = _silent
+    if joined := processes.introduce(accelerator, recipe.train.batch_size):
+        say(joined)
     set_seed(recipe.seed)
     idle = held(accelerator.device)
-    setup = prepare(recipe, init_adapter, say, accelerator.device)
+    with accelerator.main_process_first():  # what the first puts into the cache, the others find there
+        setup = prepare(recipe, init_adapter, say, accelerator.device)
     base = fingerprint(setup.model)
     before = proof.measure(setup, accelerator) if setup.trains_base else None
     make_trainable(setup, say)
+    if accelerator.num_processes > 1:
+        processes.check_same_start(dict(setup.model.named_parameters()), accelerator.device)
+        set_seed(recipe.seed, device_specific=True)  # each drops other units
     with telling_out_of_memory(lambda: "before the first step", lambda: "Try a smaller data.max_length or model"):
         forecast = plan(setup, say)
     start = proof.snapshot(setup.learners)
     loop = _loop(setup, folder, accelerator)
-    if found and found.state["data"] != loop.state["data"]:
+    if found and found.state.get("data") != loop.state["data"]:
         raise UsageError(f"cannot resume: the training data changed since {found.folder} was written")
     _check_space(setup, folder)
     if accelerator.is_main_process:
@@ -155,7 +165,11 @@ def _open_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
             raise UsageError(f"{folder}: no checkpoint to resume from; leave out --resume, or set train.save_steps")
         _check_same(folder, recipe, found)
         return found
-    if folder.exists() and any(folder.iterdir()):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # a name that is too long, or has a character that the system refuses
+        raise UsageError(f"output: {folder}: this folder cannot be made: {error}") from None
+    if any(folder.iterdir()):
         foreign = sorted(path.name for path in folder.iterdir() if path.name not in PARTS)
         if foreign or not overwrite:
             remedy = (
@@ -218,6 +232,8 @@ def _loop(setup: Setup, folder: Path, accelerator: Accelerator) -> Loop:
         "data": hashlib.sha256(digests.tobytes()).hexdigest(),
         "init_adapter": str(setup.init_adapter) if setup.init_adapter else None,
     }
+    if setup.recipe.train.fsdp:
+        setup.skeleton = processes.shard(setup.model, accelerator.device)
     return Loop(
         model=setup.model,
         objective=setup.objective,
@@ -235,7 +251,13 @@ def _loop(setup: Setup, folder: Path, accelerator: Accelerator) -> Loop:
 
 
 def _narrow(setup: Setup) -> None:
-    """Round base parameters trained in float32 to the model's own dtype, once: what is proved is what is saved."""
+    """Put a sharded model together; round base parameters trained in float32 to the model's own dtype, once.
+
+    What is proved is what is saved.
+    """
+    if setup.skeleton is not None:
+        setup.model = processes.gathered(setup.model, setup.skeleton, setup.model.device)
+        setup.skeleton = None
     if setup.autocast:
         for parameter in setup.model.parameters():
             if parameter.requires_grad:
@@ -276,8 +298,13 @@ def _save(setup: Setup, folder: Path) -> None:
 
 
 def _accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    processes.check_launch(recipe.train, trains_base=hasattr(METHODS[recipe.adapter["method"]].load(), "select"))
+    joining = InitProcessGroupKwargs(timeout=processes.TIMEOUT)
+    trackers: list[Any] | None = [*recipe.train.report_to] or None
+    cpu = processes.launched() > 1 and best_device().type == "cpu"  # it joins processes on a CPU only if told so
     try:
-        return Accelerator(log_with=[*recipe.train.report_to] or None, project_dir=folder / "trackers")
+        with zero.hidden():
+            return Accelerator(cpu=cpu, log_with=trackers, project_dir=folder / "trackers", kwargs_handlers=[joining])
     except (ValueError, ImportError) as error:
         raise UsageError(f"train.report_to: {error}") from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,16 +18,27 @@ from torch import nn
 from smidgen.adapters.attach import adapters_of
 from smidgen.adapters.base import in_adapter
 from smidgen.data.prepare import Prepared, prepare_data
+from smidgen.data.templates import choose_template
 from smidgen.errors import DataError, UsageError
-from smidgen.models.load import load_model, stop_token_ids
+from smidgen.models.load import best_device, choose_dtype, load_model, stop_token_ids
 from smidgen.models.peft_model import PeftModel, get_peft_model
 from smidgen.models.resolve import cache_folder, resolve_model
 from smidgen.models.scores import keeps_rows_apart
+from smidgen.models.tokens import (
+    extend_vocabulary,
+    let_adapter_train,
+    start_rows,
+    tell_adapter_lacks,
+    tell_base_trained,
+    untrained_tokens,
+)
+from smidgen.models.vocabulary import settle
 from smidgen.recipe import Recipe, adapter_config
 from smidgen.registry import METHODS
 from smidgen.training.objectives import OBJECTIVES, Collating, Objective
 from smidgen.training.optimizers import updates_of
 from smidgen.training.plan import PREFERRED_TOKENS, Forecast, choose_budget, forecast, probe, remedy
+from smidgen.training.processes import check_shardable, place
 
 Say = Callable[[str], None]
 
@@ -40,6 +51,9 @@ class Setup:
     how: how rows become micro-batches.
     init_adapter: the folder of an adapter that is trained further, instead of the recipe's.
     autocast: the dtype of the arithmetic where trained parameters of the base are kept in float32; else None.
+    added: the ids of new tokens, each with those that its text had before.
+    untrained: the ids of tokens in the data whose embedding the base never trained.
+    skeleton: while the model is sharded: a copy without weights, to put it together again.
     """
 
     recipe: Recipe
@@ -51,6 +65,9 @@ class Setup:
     how: Collating
     init_adapter: Path | None = None
     autocast: torch.dtype | None = None
+    added: dict[int, list[int]] = field(default_factory=dict)
+    untrained: list[int] = field(default_factory=list)
+    skeleton: Any = None
 
     @property
     def method(self) -> Any:
@@ -75,7 +92,16 @@ def prepare(recipe: Recipe, init_adapter: Path | None, say: Say, device: torch.d
         UsageError: whatever is wrong with the model or the data.
     """
     base = resolve_model(recipe.model, say=say)
-    model, tokenizer = load_model(base, recipe.train.dtype, device=device, say=say)
+    device, dtype, loading = device or best_device(), recipe.train.dtype, device
+    if recipe.train.fsdp:
+        # A model that is to be sharded may be too large for one device: loaded beside it, it moves there in parts.
+        check_shardable(base)
+        dtype, loading = str(choose_dtype(dtype, device)[0]).removeprefix("torch."), torch.device("cpu")
+    model, tokenizer = load_model(base, dtype, device=loading, say=say)
+    added = extend_vocabulary(model, tokenizer, recipe.data, init_adapter, say)
+    if recipe.data.template:
+        tokenizer.chat_template = choose_template(tokenizer, recipe.data.template, "").text
+    model = place(model, device)
     data = prepare_data(
         recipe.data,
         tokenizer,
@@ -96,7 +122,9 @@ def prepare(recipe: Recipe, init_adapter: Path | None, say: Say, device: torch.d
     say(f"packing: {'on' if packing else 'off'} ({reason})")
     preferred = recipe.train.micro_batch_tokens or PREFERRED_TOKENS[model.device.type]
     how = Collating(max(preferred, int(data.train.lengths.max())), packing, cast(int, tokenizer.pad_token_id))
-    return Setup(recipe, base, model, tokenizer, data, OBJECTIVES[recipe.objective](), how, init_adapter)
+    setup = Setup(recipe, base, model, tokenizer, data, OBJECTIVES[recipe.objective](), how, init_adapter)
+    setup.added, setup.untrained = added, untrained_tokens(model, tokenizer, data.train.ids.tolist())
+    return setup
 
 
 def make_trainable(setup: Setup, say: Say) -> None:
@@ -112,12 +140,18 @@ def make_trainable(setup: Setup, say: Say) -> None:
                     setup.autocast = parameter.dtype
                     parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
+        settle(model)
+        tell_base_trained(model, setup.tokenizer, setup.added, setup.untrained, say)
     else:
         if setup.init_adapter:
             PeftModel.from_pretrained(model, setup.init_adapter, is_trainable=True)
             say(f"adapter: taken from {setup.init_adapter}, and trained further")
+            tell_adapter_lacks(model, setup.tokenizer, setup.untrained, say)
         else:
-            get_peft_model(model, adapter_config(recipe.adapter))
+            config = adapter_config(recipe.adapter)
+            let_adapter_train(model, setup.tokenizer, setup.method, config, setup.added, setup.untrained, say)
+            get_peft_model(model, config)
+            start_rows(model, {**dict.fromkeys(setup.untrained, ()), **setup.added})
         counts = Counter(path.rpartition(".")[2] for path, _ in adapters_of(model, model.active_adapter))
         say(f"targets: {', '.join(f'{name} {count}' for name, count in counts.items())}")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -119,7 +119,7 @@ class LoraConfig(PeftConfig):
         """
         chosen = self.init_lora_weights
         name = chosen if isinstance(chosen, str) else "default" if chosen else "random"
-        name = re.sub(r"^pissa_niter_\d+$", "pissa", name)
+        name = re.sub(r"^pissa_niter_\d{1,3}$", "pissa", name)
         return lookup(LORA_INITS, name, "init_lora_weights").name
 
     def init_options(self) -> dict[str, int]:
