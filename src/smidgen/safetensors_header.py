@@ -11,7 +11,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
-from typing import TypeGuard
 
 from smidgen.foreign import parse_json, shown
 

@@ -76,6 +76,16 @@ _texts(
         "a megabyte": (RECIPE + "#" * 2**20, "larger than 100,000 bytes"),
         "many documents": ("---\na: 1\n" * 1000, "not valid YAML"),
         "nine thousand keys": ("".join(f"k{i}: 1\n" for i in range(9000)), "... and"),
+        "LLaMA-Factory of wrong kinds": (
+            "stage: sft\nfinetuning_type: lora\nlora_target: 1.5\n",
+            "dataset: is missing",
+        ),
+        "a name too long for a path": (
+            f"stage: sft\nfinetuning_type: lora\ndataset: {'x' * 5000}\ndataset_dir: {'y' * 5000}\n",
+            "is neither in",
+        ),
+        "half of a character": (RECIPE.replace("model: m", 'model: "\\ud800"'), "half of a character"),
+        "half of a character in a name": (RECIPE + '"\\ud800": 1\n', "a field name must be plain text"),
         "a complex key": ("? [a, b]\n: c\n", "a field name must be plain text"),
         "merge keys": ("base: &b {model: m}\n<<: *b\n", "<<"),
         "a pickle": (b"\x80\x04\x95" + bytes(range(256)), "not UTF-8"),

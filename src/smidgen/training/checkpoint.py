@@ -41,7 +41,7 @@ FORMAT = 2
 WEIGHTS, OPTIMIZER, RANDOM, STATE = "weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
 
 # What a state must hold, beside what the run adds; the window is the loop's.
-_FIELDS: dict[str, type] = {"step": int, "processes": int, "random": list, "window": dict, "scaler": dict, "budget": int}
+_FIELDS = {"step": int, "processes": int, "budget": int, "random": list, "window": dict, "scaler": dict}
 _WINDOW = {"loss", "count", "tokens", "seconds"}
 
 
