@@ -1,0 +1,28 @@
+"""Operations of language models, each declared once in plain PyTorch, with a faster native equal on CPUs."""
+
+from smidgen.kernels.attention import attention
+from smidgen.kernels.cross_entropy import linear_cross_entropy, linear_logprob
+from smidgen.kernels.dropout import dropout
+from smidgen.kernels.gated import geglu, swiglu
+from smidgen.kernels.lora import LowRank, lora_linear
+from smidgen.kernels.native import available, chosen, forget
+from smidgen.kernels.norms import add_rms_norm, layer_norm, rms_norm
+from smidgen.kernels.rope import rope
+
+__all__ = [
+    "LowRank",
+    "add_rms_norm",
+    "attention",
+    "available",
+    "chosen",
+    "dropout",
+    "forget",
+    "geglu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "linear_logprob",
+    "lora_linear",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

@@ -1,0 +1,153 @@
+"""A linear layer with low-rank updates beside it (https://arxiv.org/abs/2106.09685), as one operation.
+
+Letters: N rows (all dimensions but the last), I inputs, O outputs, R rank.
+
+The base product runs in the type of `x`. What the factors take part in runs in float32 on native kernels that drop on
+the way, so that a float32 adapter over a bfloat16 base is as exact as if all were float32, and neither the mask nor the
+dropped input is ever stored: kept for backward are the input, which the layer below keeps anyway, and x A^T (N, R) of
+each adapter. Above a rank of 32 bfloat16 products of PyTorch are faster, and are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from smidgen.errors import UsageError
+from smidgen.kernels.dropout import dropout, dropped, mask_arguments
+from smidgen.kernels.native import Kernel, rows
+
+_LARGEST_RANK = 32
+_MOST_PARTS = 16  # partial sums of a factor's gradient, one for each part of the rows
+_down = Kernel("low_rank_down", "pnppnnnnn")
+_outer = Kernel("low_rank_outer", "ppnpnnnnnn")
+_up = Kernel("low_rank_up", "pppnnnnnn")
+
+
+class LowRank(NamedTuple):
+    """One update: scaling dropout(x) A^T B^T."""
+
+    a: Tensor  # (R, I)
+    b: Tensor  # (O, R)
+    scaling: float
+    p: float = 0.0  # share of the inputs that is dropped
+    seed: int = 0
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[LowRank]) -> Tensor:
+    """x W^T + bias + the sum of scaling dropout(x) A^T B^T over the adapters.
+
+    Args:
+        x: (..., I), of the type of `weight`.
+        weight: (O, I). bias: (O,), of the same type.
+        adapters: the updates, whose factors may be of another type; each has its own rank, dropout and seed.
+
+    Returns:
+        (..., O).
+
+    Raises:
+        UsageError: shapes do not fit.
+    """
+    for i, adapter in enumerate(adapters):
+        if adapter.a.shape != (adapter.b.shape[1], weight.shape[1]) or adapter.b.shape[0] != weight.shape[0]:
+            raise UsageError(
+                f"adapter {i}: A {tuple(adapter.a.shape)} and B {tuple(adapter.b.shape)} must be (R, I) and (O, R) for "
+                f"the weight (O, I) = {tuple(weight.shape)}"
+            )
+    if not _down.takes(x, weight, bias):
+        return lora_linear_reference(x, weight, bias, adapters)
+    factors = [factor for adapter in adapters for factor in (adapter.a, adapter.b)]
+    settings = [(adapter.scaling, adapter.p, adapter.seed) for adapter in adapters]
+    return _LoraLinear.apply(x, weight, bias, settings, *factors)
+
+
+def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[LowRank]) -> Tensor:
+    """`lora_linear` in plain PyTorch."""
+    y = functional.linear(x, weight, bias)
+    for a, b, scaling, p, seed in adapters:
+        low = functional.linear(dropout(x, p, seed).to(y.dtype), a.to(y.dtype))
+        y = y + functional.linear(low, (scaling * b).to(y.dtype))
+    return y
+
+
+def down(x: Tensor, a: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
+    """dropout(x) a^T, (N, R) float32, of x (N, I) and a (R, I) float32."""
+    if len(a) > _LARGEST_RANK:
+        return (_dropped(x, p, seed) @ a.to(x.dtype).t()).float()
+    low = torch.empty(x.shape[0], a.shape[0])
+    _down(x.dtype, x, x.stride(0), a.contiguous(), low, *x.shape, len(a), *mask_arguments(p, seed))
+    return low
+
+
+def outer(low: Tensor, x: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
+    """low^T dropout(x), (R, I) float32, of low (N, R) float32 and x (N, I)."""
+    rank = low.shape[1]
+    if rank > _LARGEST_RANK:
+        return (low.to(x.dtype).t() @ _dropped(x, p, seed)).float()
+    parts = max(1, min(_MOST_PARTS, x.shape[0] // 64))
+    sums = torch.zeros(parts, rank, x.shape[1])
+    _outer(x.dtype, low, x, x.stride(0), sums, parts, *x.shape, rank, *mask_arguments(p, seed))
+    return sums.sum(0)
+
+
+def up(y: Tensor, low: Tensor, a: Tensor, p: float = 0.0, seed: int = 0) -> None:
+    """y += dropout(low a), in place, of y (N, I), low (N, R) float32 and a (R, I) float32."""
+    if len(a) > _LARGEST_RANK:
+        update = low.to(y.dtype), a.to(y.dtype)
+        if p == 0:
+            y.addmm_(*update)
+        else:
+            dropped(torch.mm(*update), p, seed, add_to=y)
+    else:
+        _up(y.dtype, low, a.contiguous(), y, y.stride(0), *y.shape, len(a), *mask_arguments(p, seed))
+
+
+def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
+    return x if p == 0 else dropped(x, p, seed)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, settings: list, *factors: Tensor) -> Tensor:
+        matrix = rows(x).contiguous()
+        y = functional.linear(matrix, weight, bias)
+        lows = []
+        for (scaling, p, seed), a, b in zip(settings, factors[::2], factors[1::2]):
+            low = down(matrix, a.float(), p, seed)
+            up(y, low * scaling, b.float().t())
+            lows.append(low)
+        ctx.settings = settings
+        ctx.save_for_backward(x, weight, *factors, *lows)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Any:
+        x, weight, *rest = ctx.saved_tensors
+        count = len(ctx.settings)
+        factors, lows = rest[: 2 * count], rest[2 * count :]
+        of_x, of_weight, of_bias, _, *of_factors = ctx.needs_input_grad
+        matrix, g = (rows(t).contiguous() for t in (x, grad))
+        grad_x = g @ weight if of_x else None
+        grads = []
+        for i, (scaling, p, seed) in enumerate(ctx.settings):
+            a, b = factors[2 * i], factors[2 * i + 1]
+            grad_a = grad_b = None
+            if of_factors[2 * i + 1]:
+                grad_b = outer(lows[i] * scaling, g).t().to(b.dtype)
+            if of_x or of_factors[2 * i]:
+                low = down(g, b.float().t()) * scaling
+                if of_factors[2 * i]:
+                    grad_a = outer(low, matrix, p, seed).to(a.dtype)
+                if grad_x is not None:
+                    up(grad_x, low, a.float(), p, seed)
+            grads += [grad_a, grad_b]
+        grad_weight = g.t() @ matrix if of_weight else None
+        grad_bias = g.sum(0) if of_bias else None
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
+        return grad_x, grad_weight, grad_bias, None, *grads
