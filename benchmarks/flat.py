@@ -9,7 +9,9 @@ this process does not hold, is left out. Growth is counted from the tenth run on
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import io
 import os
 import sys
 import tempfile
@@ -36,7 +38,8 @@ def main() -> None:
         os.environ["SMIDGEN_CACHE"] = str(Path(scratch) / "cache")
         recipe, _ = load_recipe(write_recipe(Path(scratch) / "runs", options.model, options.kind))
         for number in range(1, options.runs + 1):
-            run.train(recipe, overwrite=True, say=lambda _: None)
+            with contextlib.redirect_stdout(io.StringIO()):
+                run.train(recipe, overwrite=True, say=lambda _: None)
             if number % 10 == 0:
                 gc.collect()
                 held = psutil.Process().memory_info().rss

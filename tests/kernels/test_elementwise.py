@@ -106,7 +106,8 @@ def test_add_rms_norm(kernel_set, rows, width, dtype, seed):
     width = width + 1
     x, residual = random(rows, width, dtype=dtype, seed=seed), random(rows, width, dtype=dtype, seed=seed + 1)
     inputs = [x, residual, random(width, dtype=dtype)]
-    check(lambda x, r, w: kernels.add_rms_norm(x, r, w, 1e-6), plain, inputs, factor=1.3)
+    # Two roundings: of the sum, and of what is made of it.
+    check(lambda x, r, w: kernels.add_rms_norm(x, r, w, 1e-6), plain, inputs, factor=1.3, slack=2.0)
 
 
 @SHAPES

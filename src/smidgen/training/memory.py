@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +25,16 @@ def held(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.current_allocated_memory()
     return psutil.Process().memory_info().rss
+
+
+def give_back() -> None:
+    """Return memory that earlier runs of this process have freed to the system.
+
+    GNU's allocator keeps freed pieces, and what many runs leave behind adds up; others return them by themselves.
+    """
+    gc.collect()
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
 
 class PeakMemory:
