@@ -95,7 +95,7 @@ def test_lora_linear_names_the_adapter_that_does_not_fit():
 
 @given(
     rows=st.sampled_from([0, 1, 2, 5, 64, 65, 150]),
-    vocabulary=st.sampled_from([1, 2, 16, 50, 301]),
+    vocabulary=st.sampled_from([2, 16, 50, 301]),  # of one token every loss and gradient is zero
     ignored=st.sampled_from([0.0, 0.4, 1.0]),
     options=st.fixed_dictionaries(
         {},
