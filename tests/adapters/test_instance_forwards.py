@@ -47,8 +47,13 @@ def hooked(model: nn.Module, hook: type[ModelHook] = ModelHook) -> nn.Module:
     return model
 
 
+def near(found: Tensor, expected: Tensor) -> bool:
+    """Equal but for the order of sums: over a forward of others the update is computed step by step, else as one."""
+    return torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_hook_before_attaching(expected: Tensor) -> None:
-    assert torch.equal(logits(attached(hooked(tiny_llama())), tokens()), expected)
+    assert near(logits(attached(hooked(tiny_llama())), tokens()), expected)
 
 
 def test_hook_after_attaching(expected: Tensor) -> None:
@@ -58,7 +63,7 @@ def test_hook_after_attaching(expected: Tensor) -> None:
 def test_hook_before_attaching_then_removed(expected: Tensor) -> None:
     model = attached(hooked(tiny_llama()))
     remove_hook_from_module(model, recurse=True)
-    assert torch.equal(logits(model, tokens()), expected)
+    assert near(logits(model, tokens()), expected)
 
 
 def test_hook_after_attaching_then_removed(expected: Tensor) -> None:
@@ -96,7 +101,7 @@ def test_weights_offloaded_to_the_cpu_between_calls(before: bool, expected: Tens
         return model
 
     model = attached(offload(tiny_llama())) if before else offload(attached(tiny_llama()))
-    assert torch.equal(logits(model, tokens()), expected)
+    assert near(logits(model, tokens()), expected)
 
 
 def test_mixed_precision_of_accelerate_before_and_after(expected: Tensor) -> None:
@@ -122,7 +127,7 @@ def test_a_forward_from_before_lies_below(expected: Tensor) -> None:
         return nn.functional.linear(x, self.weight, self.bias)
 
     layer.forward = types.MethodType(counted, layer)
-    assert torch.equal(logits(attached(model), tokens()), expected)
+    assert near(logits(attached(model), tokens()), expected)
     assert calls
 
 

@@ -88,6 +88,12 @@ class Below:
     def bias(self) -> Tensor | None:
         return self._tensors().get("bias")
 
+    @property
+    def plain_weight(self) -> Tensor | None:
+        module = self.module
+        plain = not self.names and "_inner_forward" not in module.__dict__
+        return module.weight if plain and module._original_class().forward is nn.Linear.forward else None
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = self.module.weight.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)

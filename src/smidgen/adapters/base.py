@@ -34,6 +34,10 @@ class Inner(Protocol):
     def bias(self) -> Tensor | None:
         """The effective bias."""
 
+    @property
+    def plain_weight(self) -> Tensor | None:
+        """The weight, if nothing but a linear layer as torch has it is below: then one operation may stand for all."""
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The base layer's own computation with another weight and bias."""
         ...

@@ -5,7 +5,7 @@ from smidgen.kernels.cross_entropy import linear_cross_entropy, linear_logprob
 from smidgen.kernels.dropout import dropout
 from smidgen.kernels.gated import geglu, swiglu
 from smidgen.kernels.lora import LowRank, lora_linear
-from smidgen.kernels.native import available, chosen, forget
+from smidgen.kernels.native import available, chosen, forget, instruction_set
 from smidgen.kernels.norms import add_rms_norm, layer_norm, rms_norm
 from smidgen.kernels.rope import rope
 
@@ -18,6 +18,7 @@ __all__ = [
     "dropout",
     "forget",
     "geglu",
+    "instruction_set",
     "layer_norm",
     "linear_cross_entropy",
     "linear_logprob",

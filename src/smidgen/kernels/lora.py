@@ -39,6 +39,11 @@ class LowRank(NamedTuple):
     seed: int = 0
 
 
+def native(x: Tensor, weight: Tensor) -> bool:
+    """Whether `lora_linear` would run on native code for such an input, and nothing else decides on its type."""
+    return _down.takes(x, weight) and not torch.is_autocast_enabled(x.device.type)
+
+
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[LowRank]) -> Tensor:
     """x W^T + bias + the sum of scaling dropout(x) A^T B^T over the adapters.
 
@@ -115,15 +120,15 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, settings: list, *factors: Tensor) -> Tensor:
         matrix = rows(x).contiguous()
-        y = functional.linear(matrix, weight, bias)
+        y = functional.linear(x, weight, bias)
         lows = []
         for (scaling, p, seed), a, b in zip(settings, factors[::2], factors[1::2]):
             low = down(matrix, a.float(), p, seed)
-            up(y, low * scaling, b.float().t())
+            up(y.view(-1, y.shape[-1]), low * scaling, b.float().t())
             lows.append(low)
         ctx.settings = settings
         ctx.save_for_backward(x, weight, *factors, *lows)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y
 
     @staticmethod
     @once_differentiable

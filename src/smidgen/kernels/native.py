@@ -45,6 +45,11 @@ def chosen() -> str:
     return f"kernels: {choice.instruction_set} ({choice.reason})"
 
 
+def instruction_set() -> str:
+    """What runs on a CPU, by the name that SMIDGEN_KERNELS takes; "reference" is plain PyTorch."""
+    return _choice().instruction_set
+
+
 def available() -> list[str]:
     """The values of SMIDGEN_KERNELS that work here, the fastest first."""
     library = _library()

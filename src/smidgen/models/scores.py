@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from smidgen.data.packing import IGNORED, Batch
+from smidgen.kernels import linear_cross_entropy
 from smidgen.losses.lm import token_cross_entropy
 
 
-def token_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class Head:
+    """The last layer of a model, from hidden states to logits: z = scale layer(h), or softcap tanh(z / softcap)."""
+
+    layer: nn.Linear
+    softcap: float | None
+    scale: float
+
+
+# The attribute of a model, set by `models.fuse`, whose losses may be computed from hidden states in chunks.
+HEAD = "fused_head"
+# Where the rows of the batch in hand begin and end, for the kernel's attention.
+SEGMENTS: ContextVar[torch.Tensor | None] = ContextVar("segments", default=None)
+
+
+def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of every supervised token of a batch.
 
     The vocabulary is the widest matrix of a small model, so logits are computed only where a supervised token follows:
@@ -32,12 +50,34 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Te
         inputs["attention_mask"] = batch.attention_mask
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids
-    if takes(model, "logits_to_keep"):
-        kept = columns.unique()
-        inputs["logits_to_keep"] = kept
-        columns = torch.searchsorted(kept, columns)
-    logits = model(**inputs).logits
-    return token_cross_entropy(logits[rows, columns], targets), row_indices(batch)[:, 1:][follows]
+    indices = row_indices(batch)[:, 1:][follows]
+    token = SEGMENTS.set(segments(batch) if batch.input_ids.device.type == "cpu" else None)
+    try:
+        if head := vars(model).get(HEAD):
+            hidden = model.get_decoder()(**inputs).last_hidden_state[rows, columns]
+            weight, bias = head.layer.weight, head.layer.bias
+            options = {"softcap": head.softcap, "logit_scale": head.scale}
+            return linear_cross_entropy(hidden, weight, targets, bias, **options), indices
+        if takes(model, "logits_to_keep"):
+            kept = columns.unique()
+            inputs["logits_to_keep"] = kept
+            columns = torch.searchsorted(kept, columns)
+        logits = model(**inputs).logits
+    finally:
+        SEGMENTS.reset(token)
+    return token_cross_entropy(logits[rows, columns], targets), indices
+
+
+def segments(batch: Batch) -> torch.Tensor:
+    """(S + 1,) int64: where rows begin and end among the B T tokens of a batch; padding is a segment of its own."""
+    rows, length = batch.input_ids.shape
+    if batch.position_ids is not None:
+        starts = (batch.position_ids == 0).flatten().nonzero().flatten()
+    else:
+        starts = torch.arange(rows) * length
+        if batch.attention_mask is not None:
+            starts = torch.cat([starts, starts + batch.attention_mask.sum(1)]).unique()
+    return torch.cat([starts[starts < rows * length], torch.tensor([rows * length])])
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import json
 import os
 import platform
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import nn
 
 from smidgen.errors import TrainingStopped, UsageError
 from smidgen.models.fingerprint import fingerprint
+from smidgen.models.fuse import fused
 from smidgen.models.load import best_device, quiet, stop_token_ids
 from smidgen.recipe import Recipe, difference, load_recipe, recipe_hash
 from smidgen.registry import METHODS
@@ -106,27 +107,9 @@ def train(
     if accelerator.num_processes > 1:
         processes.check_same_start(dict(setup.model.named_parameters()), accelerator.device)
         set_seed(recipe.seed, device_specific=True)  # each drops other units
-    with telling_out_of_memory(lambda: "before the first step", lambda: "Try a smaller data.max_length or model"):
-        forecast = plan(setup, say)
     start = proof.snapshot(setup.learners)
-    loop = _loop(setup, folder, accelerator)
-    if found and found.state.get("data") != loop.state["data"]:
-        raise UsageError(f"cannot resume: the training data changed since {found.folder} was written")
-    _check_space(setup, folder)
-    if accelerator.is_main_process:
-        _write_beginnings(setup, folder)
-    if found:
-        loop.resume(found)
-        say(f"resumed from {found.folder}: step {found.step} of {loop.total}")
-    with (
-        telling_out_of_memory(
-            lambda: f"in step {loop.step + 1}; this was the forecast",
-            lambda: "\n".join([*forecast.lines(), f"smallest change: {forecast.remedy}"]),
-        ),
-        PeakMemory(accelerator.device) as memory,
-    ):
-        loop.fit()
-    say(f"memory: forecast {size_text(forecast.peak)}, measured {size_text(memory.peak - idle)} at the peak")
+    with nullcontext() if recipe.train.fsdp else fused(setup.model, say):
+        loop = _fit(setup, folder, accelerator, found, idle, say)
 
     # Rounding changes what was evaluated last, training is over otherwise.
     known = None if setup.autocast else loop.held_out_loss
@@ -153,6 +136,38 @@ def train(
         say(line)
     accelerator.end_training()
     return result
+
+
+def _fit(
+    setup: Setup,
+    folder: Path,
+    accelerator: Accelerator,
+    found: checkpoint.Checkpoint | None,
+    idle: int,
+    say: Say,
+) -> Loop:
+    """Forecast, and train to the end. idle: the bytes that were held before the model was loaded."""
+    with telling_out_of_memory(lambda: "before the first step", lambda: "Try a smaller data.max_length or model"):
+        forecast = plan(setup, say)
+    loop = _loop(setup, folder, accelerator)
+    if found and found.state.get("data") != loop.state["data"]:
+        raise UsageError(f"cannot resume: the training data changed since {found.folder} was written")
+    _check_space(setup, folder)
+    if accelerator.is_main_process:
+        _write_beginnings(setup, folder)
+    if found:
+        loop.resume(found)
+        say(f"resumed from {found.folder}: step {found.step} of {loop.total}")
+    with (
+        telling_out_of_memory(
+            lambda: f"in step {loop.step + 1}; this was the forecast",
+            lambda: "\n".join([*forecast.lines(), f"smallest change: {forecast.remedy}"]),
+        ),
+        PeakMemory(accelerator.device) as memory,
+    ):
+        loop.fit()
+    say(f"memory: forecast {size_text(forecast.peak)}, measured {size_text(memory.peak - idle)} at the peak")
+    return loop
 
 
 # ---- the run folder ----

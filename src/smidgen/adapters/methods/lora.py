@@ -23,6 +23,7 @@ from smidgen.adapters.layers import ConvLayer, EmbeddingLayer, LinearLayer
 from smidgen.adapters.targets import check_patterns, find_targets, pattern_value
 from smidgen.adapters.trained import plan_trained, with_mirrors
 from smidgen.errors import MergeError, TargetError, UsageError, raise_all
+from smidgen.kernels.lora import LowRank, lora_linear, native
 from smidgen.registry import LORA_INITS, lookup
 
 _LARGEST_RANK = 65_536  # wider than any layer: a larger one in a file is a mistake or an attack on the memory
@@ -277,6 +278,11 @@ class Lora(WeightAdapter):
 
     def forward(self, inner: Inner, x: Tensor) -> Tensor:
         layer = self.layer
+        if (weight := inner.plain_weight) is not None and self._is_plain() and native(x, weight):
+            p = self.dropout.p if self.training else 0.0
+            # The mask follows from the seed, which is drawn as a mask would be: a resumed run draws the same.
+            seed = int(torch.randint(2**62, ())) if p else 0
+            return lora_linear(x, weight, inner.bias, [LowRank(*self.factors(), self.scaling, p, seed)])
         y = inner(x) if self.bias is None else inner.call_with({"bias": self.bias}, x)
         if self.start_A is not None:
             y = y - self._low_rank(x, y.dtype, self.start_A, self.start_B)
@@ -294,6 +300,11 @@ class Lora(WeightAdapter):
             if self.start_A is not None:
                 base = base - self._low_rank(dropped, y.dtype, self.start_A, self.start_B)
         return y + (magnitude - 1) * base + magnitude * update
+
+    def _is_plain(self) -> bool:
+        """Whether the update is s B A dropout(x), with nothing else."""
+        parts = (self.start_A, self.lora_magnitude_vector, self.bias)
+        return type(self.layer) is LinearLayer and self.lora_B.bias is None and all(part is None for part in parts)
 
     def _low_rank(self, x: Tensor, dtype: torch.dtype, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """s (B A x + bias), computed in the base's dtype: what is narrow is cast, not the activations."""

@@ -1,0 +1,195 @@
+"""Under every kind of model the kernels give the losses and gradients of the model itself, and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from smidgen import LoraConfig, get_peft_model, kernels
+from smidgen.data.packing import IGNORED, Batch
+from smidgen.models.fuse import fused
+from smidgen.models.scores import segments, token_losses
+from tests.conftest import perturb, tiny_gpt2, tiny_llama
+
+pytestmark = pytest.mark.skipif(kernels.available()[0] == "reference", reason="the kernels are not built here")
+
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+
+
+def of_kind(name: str, config: str = "", **options: Any) -> Callable[[], Any]:
+    """A function that makes a random model of two layers."""
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        settings = getattr(transformers, config or f"{name}Config")(**SIZES | options)
+        return getattr(transformers, f"{name}ForCausalLM")(settings).eval()
+
+    return make
+
+
+KINDS: dict[str, tuple[Callable[[], Any], str]] = {
+    "llama": (tiny_llama, "5 norms, 2 feed-forward layers, attention, cross-entropy"),
+    "gpt2": (tiny_gpt2, "0 norms, 0 feed-forward layers, attention, cross-entropy"),
+    "qwen2": (of_kind("Qwen2"), "5 norms, 2 feed-forward layers, attention, cross-entropy"),
+    "qwen3": (of_kind("Qwen3"), "9 norms, 2 feed-forward layers, attention, cross-entropy"),
+    "mistral": (of_kind("Mistral", sliding_window=6), "5 norms, 2 feed-forward layers, attention, cross-entropy"),
+    "gemma": (of_kind("Gemma"), "5 norms, 2 feed-forward layers, attention, cross-entropy"),
+    "gemma2": (of_kind("Gemma2", sliding_window=6, query_pre_attn_scalar=8), "9 norms, 2 feed-forward layers"),
+    "gemma3": (
+        of_kind("Gemma3", "Gemma3TextConfig", sliding_window=6, query_pre_attn_scalar=8),
+        "13 norms, 2 feed-forward layers, attention, cross-entropy",
+    ),
+    "phi3": (of_kind("Phi3"), "5 norms, 0 feed-forward layers, attention, cross-entropy"),
+}
+
+
+def padded() -> Batch:
+    ids = torch.randint(3, 48, (3, 14), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(14) < torch.tensor([14, 9, 11])[:, None]).long()
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    labels[:, :3] = IGNORED
+    return Batch(ids, labels, mask, None, [0, 1, 2], int((labels[:, 1:] != IGNORED).sum()))
+
+
+def packed(seed: int = 2) -> Batch:
+    ids = torch.randint(3, 48, (1, 30), generator=torch.Generator().manual_seed(seed))
+    positions = torch.cat([torch.arange(n) for n in (13, 1, 16)])[None]
+    labels = ids.masked_fill(positions < 2, IGNORED)
+    return Batch(ids, labels, None, positions, [0, 1, 2], int((labels[:, 1:] != IGNORED).sum()))
+
+
+def results(model: Any, batch: Batch, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The losses, and the gradient of each tensor of the adapter."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    losses, rows = token_losses(model, batch)
+    losses.mean().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"losses": losses.detach(), "rows": rows, **grads}
+
+
+def adapted(make: Callable[[], Any], dropout: float = 0.0) -> Any:
+    model = get_peft_model(make(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout))
+    perturb(model)
+    return model
+
+
+@pytest.mark.parametrize("batch", [padded(), packed()], ids=["padded", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_are_those_of_the_model(kind, batch, monkeypatch):
+    make, parts = KINDS[kind]
+    model = adapted(make).train()
+    monkeypatch.setenv("SMIDGEN_KERNELS", "reference")
+    kernels.forget()
+    expected = results(model, batch)
+    monkeypatch.delenv("SMIDGEN_KERNELS")
+    kernels.forget()
+    classes, said = [type(module) for module in model.modules()], []
+    with fused(model, say=said.append):
+        found = results(model, batch)
+        checkpointed = None
+        if kind == "llama":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpointed = results(model, batch)
+            model.gradient_checkpointing_disable()
+    assert parts in said[0]
+    assert [type(module) for module in model.modules()] == classes
+    assert found.keys() == expected.keys() and torch.equal(found["rows"], expected["rows"])
+    for others in filter(None, (found, checkpointed)):
+        for name, tensor in expected.items():
+            difference = (others[name] - tensor).float().norm() / tensor.float().norm().clamp_min(1e-6)
+            assert difference < 1e-4, (name, difference)
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_model_itself(monkeypatch):
+    exact, model = adapted(tiny_llama).train(), adapted(tiny_llama).train()
+    for name, parameter in model.named_parameters():
+        if "adapters" not in name:
+            parameter.data = parameter.data.bfloat16()
+    batches = [packed(seed) for seed in range(12)]
+
+    def error() -> float:
+        """Of all gradients of all batches, relative to the whole."""
+        squares = torch.zeros(2)
+        for batch, truth in zip(batches, truths, strict=True):
+            found = results(model, batch)
+            for name in truth.keys() - {"losses", "rows"}:
+                squares += torch.stack([(found[name] - truth[name]).square().sum(), truth[name].square().sum()])
+        return (squares[0] / squares[1]).sqrt().item()
+
+    monkeypatch.setenv("SMIDGEN_KERNELS", "reference")
+    kernels.forget()
+    truths = [results(exact, batch) for batch in batches]
+    plain = error()
+    monkeypatch.delenv("SMIDGEN_KERNELS")
+    kernels.forget()
+    with fused(model, say=lambda line: None):
+        assert error() < 1.05 * plain
+
+
+def test_dropout_follows_from_the_seed_and_the_recomputation_draws_the_same():
+    model = adapted(tiny_llama, dropout=0.3).train()
+    with fused(model, say=lambda line: None):
+        one, again, other = (results(model, padded(), seed) for seed in (1, 1, 2))
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpointed = results(model, padded(), 1)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["losses"], other["losses"])
+    for name, tensor in one.items():
+        torch.testing.assert_close(checkpointed[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_kernels_do_not_reproduce_stays(monkeypatch):
+    model, said = adapted(tiny_llama), []
+    monkeypatch.setattr(kernels, "rms_norm", lambda x, *how: x * 1.01)
+    with fused(model, say=said.append):
+        assert "0 norms, 2 feed-forward" in said[0]
+
+
+def test_attention_that_drops_weights_stays_the_models_own():
+    said: list[str] = []
+    model = of_kind("Llama", attention_dropout=0.1)()
+    with fused(model, say=said.append):
+        assert model.config._attn_implementation == "sdpa"
+    assert "attention stays the model's own: it drops weights of the attention (attention_dropout)" in said
+
+
+def test_generating_inside_is_generating_outside():
+    model, prompt = adapted(tiny_llama), torch.tensor([[1, 5, 9, 11]])
+    outside = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    with fused(model, say=lambda line: None):
+        assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), outside)
+
+
+def test_plain_pytorch_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("SMIDGEN_KERNELS", "reference")
+    kernels.forget()
+    said: list[str] = []
+    model = adapted(tiny_llama)
+    with fused(model, say=said.append):
+        assert model.config._attn_implementation == "sdpa"
+    assert said[0].startswith("kernels: reference")
+    monkeypatch.undo()
+    kernels.forget()
+
+
+def test_segments_are_rows_and_padding():
+    assert segments(padded()).tolist() == [0, 14, 23, 28, 39, 42]
+    assert segments(packed()).tolist() == [0, 13, 14, 30]
