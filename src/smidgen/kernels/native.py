@@ -34,7 +34,7 @@ _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
 class Choice:
     """What runs the operations on a CPU: a library and one of its instruction sets, or None, and why."""
 
-    library: ctypes.CDLL | None
+    binary: ctypes.CDLL | None
     instruction_set: str
     reason: str
 
@@ -120,7 +120,7 @@ class Kernel:
             return False
         given = [tensor for tensor in tensors if tensor is not None]
         plain = all(t.is_cpu and t.dtype == first.dtype and type(t) in (Tensor, Parameter) for t in given)
-        return plain and _choice().library is not None
+        return plain and _choice().binary is not None
 
     def __call__(self, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
         values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
@@ -129,7 +129,7 @@ class Kernel:
     @functools.cache  # noqa: B019 - kernels are module constants
     def _function(self, dtype: torch.dtype) -> Callable[..., None]:
         choice = _choice()
-        function = getattr(choice.library, f"smidgen_{choice.instruction_set}_{self.name}_{_DTYPES[dtype]}")
+        function = getattr(choice.binary, f"smidgen_{choice.instruction_set}_{self.name}_{_DTYPES[dtype]}")
         function.argtypes, function.restype = self.types, None
         return function
 
