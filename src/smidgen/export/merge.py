@@ -5,22 +5,19 @@ Everything is computed in fp32, the update is added in fp32, and the result is c
 
 from __future__ import annotations
 
-import copy
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from smidgen.data import encode_prompt, encode_text
 from smidgen.errors import MergeError, UsageError
 from smidgen.models.generate import generate_batch
-from smidgen.models.load import quiet, stop_token_ids
+from smidgen.models.load import stop_token_ids
+from smidgen.models.save import save_complete
 
 # The largest change of a logit, in units of the spread of the logits, by the dtype that the weights are cast to.
 BOUNDS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -106,7 +103,11 @@ def merge_to_folder(
             f"merge refused: the merged model does not answer as the adapted one ({parity}); nothing was written. "
             "Merge with --dtype float32, or serve the adapter beside its base"
         )
-    _write(merged.to(dtype), tokenizer, folder)
+    merged = merged.to(dtype)
+    try:
+        save_complete(merged, tokenizer, stop_token_ids(merged, tokenizer), folder)
+    except OSError as error:
+        raise MergeError(str(error)) from error
     return parity
 
 
@@ -121,22 +122,3 @@ def _logits(model: Any, row: list[int], prompt: int) -> Tensor:
     """The logits (T, V) from the last token of the prompt on: those that choose the answer."""
     ids = torch.tensor([row], device=model.device)
     return model(ids).logits[0, prompt - 1 :].float()
-
-
-def _write(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write the model, its tokenizer with the chat template, and the tokens that end an answer; all or nothing."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    generation = copy.deepcopy(model.generation_config)
-    generation.eos_token_id = sorted(stop_token_ids(model, tokenizer)) or None
-    model.generation_config = generation
-    try:
-        with quiet():
-            model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
-    except (OSError, SafetensorError) as error:  # a full disk is either, by which library writes
-        shutil.rmtree(partial, ignore_errors=True)
-        raise MergeError(f"{folder}: could not be written: {error}") from error

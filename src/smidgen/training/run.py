@@ -17,7 +17,6 @@ import copy
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 from contextlib import nullcontext, suppress
@@ -27,13 +26,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from safetensors import SafetensorError
 from torch import nn
 
 from smidgen.errors import TrainingStopped, UsageError
 from smidgen.models.fingerprint import fingerprint
 from smidgen.models.fuse import fused
-from smidgen.models.load import best_device, quiet, stop_token_ids
+from smidgen.models.load import best_device, stop_token_ids
+from smidgen.models.save import save_complete
 from smidgen.recipe import Recipe, difference, load_recipe, recipe_hash
 from smidgen.registry import METHODS
 from smidgen.training import checkpoint, processes, proof, zero
@@ -288,24 +287,14 @@ def _save(setup: Setup, folder: Path) -> None:
         TrainingStopped: a tensor is not finite, or the disk is full; what was there before is as it was.
     """
     check_finite(setup.learners.items())
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer = copy.deepcopy(setup.tokenizer)
+    tokenizer.chat_template = setup.data.template or tokenizer.chat_template
     try:
-        with quiet():
-            setup.model.save_pretrained(partial)
-        tokenizer = copy.deepcopy(setup.tokenizer)
-        tokenizer.chat_template = setup.data.template or tokenizer.chat_template
-        tokenizer.save_pretrained(partial)
-        generation = copy.deepcopy(setup.model.generation_config)
-        generation.eos_token_id = sorted(stop_token_ids(setup.model, setup.tokenizer))
-        generation.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    except (OSError, SafetensorError) as error:  # a full disk is either, by which library writes
-        shutil.rmtree(partial, ignore_errors=True)
+        save_complete(setup.model, tokenizer, stop_token_ids(setup.model, setup.tokenizer), folder)
+    except OSError as error:
         kept = checkpoint.latest(folder.parent / "checkpoints")
         raise TrainingStopped(
-            f"{folder}: could not be written: {error}. "
+            f"{error}. "
             + (f"Free some space and go on from step {kept.step} with --resume" if kept else "No checkpoint was kept")
         ) from error
 
