@@ -33,26 +33,29 @@ class Toy(nn.Module):
         return self.head(torch.tanh(self.linear(x)))
 
 
+# The sizes of tiny models of Llama's kin.
+TINY = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 def tiny_llama(tied: bool = False, bias: bool = False, **options: int) -> nn.Module:
     """A random Llama of 2 layers in fp32, the same one each time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        **{
-            "vocab_size": 48,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        }
-        | options,
+        **TINY | options,
         tie_word_embeddings=tied,
         attention_bias=bias,
         mlp_bias=bias,

@@ -266,22 +266,23 @@ def adapter_on_a_share(folder: Path) -> Path:
     return Path("//evil.example/share")
 
 
-@case("adapter", "metadata of smidgen")
-def adapter_metadata_is_deep(folder: Path) -> Path:
+def adapter_with_metadata(folder: Path, text: str) -> Path:
+    """An adapter whose file says this where smidgen's metadata stand."""
     spoiled = adapter_folder(folder)
     header, body = split_safetensors(spoiled / ADAPTER)
-    header["__metadata__"]["smidgen"] = "[" * 100_000
+    header["__metadata__"]["smidgen"] = text
     (spoiled / ADAPTER).write_bytes(join_safetensors(header, body))
     return spoiled
+
+
+@case("adapter", "metadata of smidgen")
+def adapter_metadata_is_deep(folder: Path) -> Path:
+    return adapter_with_metadata(folder, "[" * 100_000)
 
 
 @case("adapter", "base_fingerprint")
 def adapter_fingerprint_is_a_list(folder: Path) -> Path:
-    spoiled = adapter_folder(folder)
-    header, body = split_safetensors(spoiled / ADAPTER)
-    header["__metadata__"]["smidgen"] = json.dumps({"base_fingerprint": [1]})
-    (spoiled / ADAPTER).write_bytes(join_safetensors(header, body))
-    return spoiled
+    return adapter_with_metadata(folder, json.dumps({"base_fingerprint": [1]}))
 
 
 @case("adapter", "does not fit the model")

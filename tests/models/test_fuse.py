@@ -13,24 +13,9 @@ from smidgen import LoraConfig, get_peft_model, kernels
 from smidgen.data.packing import IGNORED, Batch
 from smidgen.models.fuse import fused
 from smidgen.models.scores import segments, token_losses
-from tests.conftest import perturb, tiny_gpt2, tiny_llama
+from tests.conftest import TINY, perturb, tiny_gpt2, tiny_llama
 
 pytestmark = pytest.mark.skipif(kernels.available()[0] == "reference", reason="the kernels are not built here")
-
-SIZES = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,
-}
 
 
 def of_kind(name: str, config: str = "", **options: Any) -> Callable[[], Any]:
@@ -38,7 +23,7 @@ def of_kind(name: str, config: str = "", **options: Any) -> Callable[[], Any]:
 
     def make() -> Any:
         torch.manual_seed(0)
-        settings = getattr(transformers, config or f"{name}Config")(**SIZES | options)
+        settings = getattr(transformers, config or f"{name}Config")(**TINY | {"head_dim": 8} | options)
         return getattr(transformers, f"{name}ForCausalLM")(settings).eval()
 
     return make

@@ -37,8 +37,10 @@ def fused(model: Any, say: Callable[[str], None] = print) -> Iterator[None]:
 
     Nothing changes on other devices than the CPU, and where ``SMIDGEN_KERNELS=reference`` asks for plain PyTorch.
     """
-    if model.device.type != "cpu" or kernels.instruction_set() == "reference":
-        say(kernels.chosen())
+    on_cpu = model.device.type == "cpu"
+    if not on_cpu or kernels.instruction_set() == "reference":
+        if on_cpu:
+            say(kernels.chosen())
         yield
         return
     norms, gates = _take_over_modules(model)
