@@ -6,8 +6,10 @@ interface and is opened with ctypes: it needs neither Python nor PyTorch to be b
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -32,10 +34,18 @@ class BuildKernels(build_ext):
         if sys.platform == "win32" and self.compiler.compiler_type == "msvc":
             raise CompileError("the kernels need GCC's or Clang's vector extensions, which MSVC lacks")
         built, objects = [], []
-        for isa, flags in ISAS.items():
-            sources = [source for source in ext.sources if Path(source).name != ONCE]
+        sources = [source for source in ext.sources if Path(source).name != ONCE]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each compiler is a process of its own
+            compiling = {
+                isa: [
+                    pool.submit(self._compile, [source], isa, [*BASE, *flags, f"-DSMIDGEN_ISA={isa}"])
+                    for source in sources
+                ]
+                for isa, flags in ISAS.items()
+            }
+        for isa, parts in compiling.items():
             try:
-                objects += self._compile(sources, isa, [*BASE, *flags, f"-DSMIDGEN_ISA={isa}"])
+                objects += [name for part in parts for name in part.result()]
                 built.append(isa)
             except CompileError:
                 if isa != "avx512_bf16":  # the one that compilers in use may not know

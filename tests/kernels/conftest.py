@@ -21,21 +21,25 @@ def kernel_set(request, monkeypatch) -> Iterator[str]:
     kernels.forget()
 
 
-def relative_error(ours: Tensor, exact: Tensor) -> float:
-    """The norm of the difference over the norm of the exact value, or over 0.01 where that is almost nothing."""
-    ours, exact = ours.detach(), exact.detach().double()
-    return float((ours.double() - exact).norm() / exact.norm().clamp_min(1e-2))
+def relative_error(ours: Tensor, exact: Tensor, size: Tensor | None = None) -> float:
+    """The norm of the difference over that of `size`, the exact value unless said; over 0.01 where it is nothing."""
+    ours, exact = ours.detach().double(), exact.detach().double()
+    return float((ours - exact).norm() / (exact if size is None else size.detach()).norm().clamp_min(1e-2))
 
 
 def outputs_and_gradients(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], seed: int
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], seed: int, positive: bool = False
 ) -> list[Tensor]:
-    """What `function` answers, and the gradient of each floating-point input for random gradients of the outputs."""
+    """What `function` answers, and the gradient of each floating-point input for random gradients of the outputs.
+
+    `positive` drops the signs of those random gradients.
+    """
     inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     answer = function(*inputs)
     outputs = list(answer) if isinstance(answer, tuple) else [answer]
     generator = torch.Generator().manual_seed(seed)
     grads = [torch.randn(y.shape, generator=generator).bfloat16() for y in outputs]  # a number of every type
+    grads = [g.abs() if positive else g for g in grads]
     pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, grads) if y.requires_grad]
     wanted = [x for x in inputs if x.requires_grad]
     found = torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
@@ -49,22 +53,27 @@ def check(
     float32_error: float = 2e-6,
     factor: float = 1.05,
     slack: float = 1.0,
+    sums: bool = False,
 ) -> None:
     """Outputs and gradients of `ours` against `plain` in float64.
 
-    In float32 the error is bounded outright. In bfloat16 it is at most `factor` times that of plain PyTorch in
-    bfloat16, or `slack` times what rounding the result once may cost: up to 2^-8 for few numbers, 1.7e-3 for many.
+    In float32 the error is at most `float32_error`; in bfloat16 `slack` times that of rounding n results once, which is
+    1.8e-3 and spreads with 1/sqrt(n); in either, or `factor` times the error of plain PyTorch, with the same spread.
+    `sums` says that `plain` only adds products of its inputs: the terms of a few results may cancel and keep their
+    rounding, so the error of those is taken relative to the same sums without signs.
     """
-    exact = outputs_and_gradients(plain, [x.double() if x.is_floating_point() else x for x in inputs], 1)
+    doubles = [x.double() if x.is_floating_point() else x for x in inputs]
+    exact = outputs_and_gradients(plain, doubles, 1)
+    unsigned = outputs_and_gradients(plain, [x.abs() for x in doubles], 1, positive=True) if sums else exact
     mine = outputs_and_gradients(ours, inputs, 1)
     theirs = outputs_and_gradients(plain, inputs, 1)
     narrow = inputs[0].dtype == torch.bfloat16
-    for i, (m, t, e) in enumerate(zip(mine, theirs, exact)):
+    for i, (m, t, e, u) in enumerate(zip(mine, theirs, exact, unsigned)):
         assert m.shape == e.shape
         assert m.isfinite().all(), i
-        error, limit = relative_error(m, e), float32_error
-        if narrow:
-            limit = max(factor * relative_error(t, e), slack * (2**-7.99 if e.numel() < 100 else 1.8e-3))
+        size, spread = u if e.numel() < 100 else e, 1 + 4 / max(e.numel(), 1) ** 0.5
+        bound = slack * 1.8e-3 * spread if narrow else float32_error
+        error, limit = relative_error(m, e, size), max(bound, factor * spread * relative_error(t, e, size))
         assert error <= limit, f"result {i}: error {error:.2e}, allowed {limit:.2e}"
 
 

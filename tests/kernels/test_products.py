@@ -54,8 +54,8 @@ def test_lora_linear(kernel_set, rows, inputs, outputs, ranks, p, dtype, with_bi
         lambda x, w, bias, *f: lora_linear(x, w, bias if with_bias else None, updates(f)),
         lambda x, w, bias, *f: peft_linear(x, w, bias if with_bias else None, updates(f)),
         [x, weight, bias, *factors],
-        float32_error=5e-6,  # up to 600 numbers of either sign are summed into one, which may nearly cancel
-        slack=4 if narrow_products else 1.3,
+        slack=5 if narrow_products else 1.3,  # of A, x A', B, the update and the sum
+        sums=True,
     )
 
 
