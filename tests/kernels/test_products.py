@@ -23,7 +23,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 def peft_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[LowRank]) -> Tensor:
     """The formula as peft computes it: factors in float32 or wider, their update rounded to the type of the base."""
     y = functional.linear(x, weight, bias)
-    for a, b, scaling, p, seed in updates:
+    for a, b, scaling, p, seed, _ in updates:
         dropped = x.to(a.dtype) * scaled_mask(x.shape, p, seed).to(a.dtype)
         y = y + functional.linear(functional.linear(dropped, a), b).mul(scaling).to(y.dtype)
     return y

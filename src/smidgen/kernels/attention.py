@@ -5,8 +5,9 @@ Letters: T tokens, S segments, H query heads, K key and value heads (H is a mult
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,7 @@ _forward = Kernel("attention", "pnnpnnpnn" + "pnnnnnff" + "pnnp")
 _backward = Kernel("attention_backward", "pnnpnnpnn" + "pnnnnnff" + "pnnppnn" + "pnnpnnpnn")
 
 
-@dataclass(frozen=True)
-class _Shape:
+class Scores(NamedTuple):
     """How scores are made of products."""
 
     scale: float
@@ -55,7 +55,7 @@ def attention(
     Raises:
         UsageError: shapes or offsets do not fit.
     """
-    how = _Shape(scale if scale is not None else q.shape[-1] ** -0.5, window, softcap)
+    how = Scores(scale if scale is not None else q.shape[-1] ** -0.5, window, softcap)
     _check(q, k, v, offsets, how.scale, window)
     if q.shape[-1] > _WIDEST or not _forward.takes(q, k, v):
         return attention_reference(q, k, v, offsets, how.scale, window, softcap)
@@ -115,18 +115,44 @@ def _place(x: Tensor) -> tuple[Tensor, int, int]:
     return x, x.stride(0), x.stride(1)
 
 
-def _settings(q: Tensor, k: Tensor, offsets: Tensor, how: _Shape) -> tuple[Tensor | int | float, ...]:
+def _settings(q: Tensor, k: Tensor, offsets: Tensor, how: Scores) -> tuple[Tensor | int | float, ...]:
     sizes = (len(offsets) - 1, q.shape[1], k.shape[1], q.shape[2])
     return offsets, *sizes, how.window or 0, how.scale, how.softcap or 0.0
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, how: Scores) -> tuple[Tensor, Tensor]:
+    """The native `attention` without autograd; the last dimensions are dense, `offsets` are int64."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:2])
+    _forward(q.dtype, *_place(q), *_place(k), *_place(v), *_settings(q, k, offsets, how), *_place(out), lse)
+    return out, lse
+
+
+def attended_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    how: Scores,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    into: Sequence[Tensor],
+) -> None:
+    """Write the gradients of q, k and v `into` tensors of their shapes; `out` and `lse` are what `attended` answered."""
+    grad = _dense(grad)
+    _backward(
+        q.dtype,
+        *(*_place(q), *_place(k), *_place(v), *_settings(q, k, offsets, how)),
+        *(*_place(out), lse, *_place(grad), *(place for x in into for place in _place(x))),
+    )
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, how: _Shape):
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, how: Scores):
         q, k, v = (_dense(x) for x in (q, k, v))
-        out = torch.empty(q.shape, dtype=q.dtype)
-        lse = torch.empty(q.shape[:2])
-        _forward(q.dtype, *_place(q), *_place(k), *_place(v), *_settings(q, k, offsets, how), *_place(out), lse)
+        out, lse = attended(q, k, v, offsets, how)
         ctx.save_for_backward(q, k, v, offsets, out, lse)
         ctx.how = how
         ctx.mark_non_differentiable(lse)
@@ -136,11 +162,6 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, _: Tensor):
         q, k, v, offsets, out, lse = ctx.saved_tensors
-        grad = _dense(grad)
         grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
-        _backward(
-            q.dtype,
-            *(*_place(q), *_place(k), *_place(v), *_settings(q, k, offsets, ctx.how)),
-            *(*_place(out), lse, *_place(grad), *(place for x in grads for place in _place(x))),
-        )
+        attended_backward(q, k, v, offsets, ctx.how, out, lse, grad, grads)
         return *grads, None, None

@@ -32,11 +32,20 @@ _up = Kernel("low_rank_up", "pppnnnnnn")
 class LowRank(NamedTuple):
     """One update: scaling dropout(x) A^T B^T."""
 
-    a: Tensor  # (R, I)
-    b: Tensor  # (O, R)
+    a: Any  # (R, I)
+    b: Any  # (O, R)
     scaling: float
     p: float = 0.0  # share of the inputs that is dropped
     seed: int = 0
+    first: int = 0  # of the outputs it is for, where one product stands for several layers
+
+
+class Linear(NamedTuple):
+    """A linear layer and its updates; or for each of its tensors the gradient, or whether that is wanted."""
+
+    weight: Any  # (O, I)
+    bias: Any  # (O,) or None
+    updates: tuple[LowRank, ...]
 
 
 def native(x: Tensor, weight: Tensor) -> bool:
@@ -74,7 +83,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequen
 def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[LowRank]) -> Tensor:
     """`lora_linear` in plain PyTorch."""
     y = functional.linear(x, weight, bias)
-    for a, b, scaling, p, seed in adapters:
+    for a, b, scaling, p, seed, _ in adapters:
         low = functional.linear(dropout(x, p, seed).to(y.dtype), a.to(y.dtype))
         y = y + functional.linear(low, (scaling * b).to(y.dtype))
     return y
@@ -116,43 +125,78 @@ def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
     return x if p == 0 else dropped(x, p, seed)
 
 
+def product(x: Tensor, layer: Linear, lows: Sequence[Tensor] | None = None) -> tuple[Tensor, Sequence[Tensor]]:
+    """`lora_linear` without autograd, of a matrix x (N, I), and x A^T of each update unless they are given."""
+    y = functional.linear(x, layer.weight, layer.bias)
+    if lows is None:
+        lows = [down(x, update.a.float(), update.p, update.seed) for update in layer.updates]
+    for update, low in zip(layer.updates, lows):
+        up(_outputs(y, update), low * update.scaling, update.b.float().t())
+    return y, lows
+
+
+def product_backward(
+    grad: Tensor, layer: Linear, of_x: bool = True, add_to: Tensor | None = None
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradients of x, if wanted, and of x A^T of each update.
+
+    Args:
+        grad: (N, O), contiguous.
+        add_to: (N, I): the gradient of x is added to it in place.
+    """
+    lows = [down(_outputs(grad, update), update.b.float().t()) * update.scaling for update in layer.updates]
+    if not of_x:
+        return None, lows
+    grad_x = grad @ layer.weight if add_to is None else add_to.addmm_(grad, layer.weight)
+    for update, low in zip(layer.updates, lows):
+        up(grad_x, low, update.a.float(), update.p, update.seed)
+    return grad_x, lows
+
+
+def product_gradients(
+    grad: Tensor, x: Tensor, layer: Linear, lows: Sequence[Tensor], grad_lows: Sequence[Tensor], wanted: Linear
+) -> Linear:
+    """The gradients of a layer's tensors, None where not `wanted`, both in the places that the tensors have.
+
+    Args:
+        lows, grad_lows: x A^T of each update, and their gradients.
+    """
+    updates = []
+    for update, low, grad_low, want in zip(layer.updates, lows, grad_lows, wanted.updates):
+        of_a = outer(grad_low, x, update.p, update.seed).to(update.a.dtype) if want.a else None
+        of_b = outer(low * update.scaling, _outputs(grad, update)).t().to(update.b.dtype) if want.b else None
+        updates.append(update._replace(a=of_a, b=of_b))
+    of_weight, of_bias = grad.t() @ x if wanted.weight else None, grad.sum(0) if wanted.bias else None
+    return Linear(of_weight, of_bias, tuple(updates))
+
+
+def _outputs(y: Tensor, update: LowRank) -> Tensor:
+    return y[:, update.first : update.first + len(update.b)]
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, settings: list, *factors: Tensor) -> Tensor:
-        matrix = rows(x).contiguous()
-        y = functional.linear(x, weight, bias)
-        lows = []
-        for (scaling, p, seed), a, b in zip(settings, factors[::2], factors[1::2]):
-            low = down(matrix, a.float(), p, seed)
-            up(y.view(-1, y.shape[-1]), low * scaling, b.float().t())
-            lows.append(low)
+        y, lows = product(rows(x).contiguous(), _layer(weight, bias, settings, factors))
         ctx.settings = settings
-        ctx.save_for_backward(x, weight, *factors, *lows)
-        return y
+        ctx.save_for_backward(x, weight, bias, *factors, *lows)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Any:
-        x, weight, *rest = ctx.saved_tensors
-        count = len(ctx.settings)
-        factors, lows = rest[: 2 * count], rest[2 * count :]
+        x, weight, bias, *rest = ctx.saved_tensors
+        count = 2 * len(ctx.settings)
+        layer = _layer(weight, bias, ctx.settings, rest[:count])
         of_x, of_weight, of_bias, _, *of_factors = ctx.needs_input_grad
-        matrix, g = (rows(t).contiguous() for t in (x, grad))
-        grad_x = g @ weight if of_x else None
-        grads = []
-        for i, (scaling, p, seed) in enumerate(ctx.settings):
-            a, b = factors[2 * i], factors[2 * i + 1]
-            grad_a = grad_b = None
-            if of_factors[2 * i + 1]:
-                grad_b = outer(lows[i] * scaling, g).t().to(b.dtype)
-            if of_x or of_factors[2 * i]:
-                low = down(g, b.float().t()) * scaling
-                if of_factors[2 * i]:
-                    grad_a = outer(low, matrix, p, seed).to(a.dtype)
-                if grad_x is not None:
-                    up(grad_x, low, a.float(), p, seed)
-            grads += [grad_a, grad_b]
-        grad_weight = g.t() @ matrix if of_weight else None
-        grad_bias = g.sum(0) if of_bias else None
-        grad_x = None if grad_x is None else grad_x.view(x.shape)
-        return grad_x, grad_weight, grad_bias, None, *grads
+        g = rows(grad).contiguous()
+        grad_x, grad_lows = product_backward(g, layer, of_x)
+        wanted = _layer(of_weight, of_bias, ctx.settings, of_factors)
+        grads = product_gradients(g, rows(x).contiguous(), layer, rest[count:], grad_lows, wanted)
+        factors = [factor for update in grads.updates for factor in (update.a, update.b)]
+        return None if grad_x is None else grad_x.view(x.shape), grads.weight, grads.bias, None, *factors
+
+
+def _layer(weight: Any, bias: Any, settings: list[tuple[float, float, int]], factors: Sequence[Any]) -> Linear:
+    pairs = zip(factors[::2], factors[1::2], settings)
+    return Linear(weight, bias, tuple(LowRank(a, b, *setting) for a, b, setting in pairs))

@@ -5,7 +5,7 @@ Letters: N rows, D width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,45 +62,87 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.
     return (normal * (weight.to(wide.dtype) + offset)).to(x.dtype)
 
 
+class Norm(NamedTuple):
+    """How a row is normed: `rms_norm`, or `layer_norm` where `centered`."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    offset: float = 0.0
+    cast_first: bool = True
+    centered: bool = False
+
+
+class Normed(NamedTuple):
+    """What norming answers."""
+
+    total: Tensor  # the sum that was normed; the input itself where nothing was added
+    y: Tensor
+    scale: Tensor  # (N,) float32: 1 / sqrt(...) of each row
+    mean: Tensor | None  # (N,) float32, where it is subtracted
+
+
+def normed(x: Tensor, norm: Norm, residual: Tensor | None = None) -> Normed:
+    """The native norm of x, or of x + residual, without autograd."""
+    matrix = rows(x)
+    n, width = matrix.shape
+    other = None if residual is None else rows(residual)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    scale = torch.empty(n)
+    mean = torch.empty(n) if norm.centered else None
+    _forward(
+        x.dtype,
+        *(matrix, matrix.stride(0), other, 0 if other is None else other.stride(0), norm.weight, norm.bias),
+        *(total, y, mean, scale, n, width, norm.eps, norm.offset, norm.cast_first),
+    )
+    return Normed(x if total is None else total, y, scale, mean)
+
+
+def normed_backward(
+    x: Tensor,
+    norm: Norm,
+    scale: Tensor,
+    mean: Tensor | None,
+    grad: Tensor,
+    more: Tensor | None = None,
+    wanted: tuple[bool, bool] = (False, False),
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, plus `more` if given, and of weight and bias where `wanted`; `x` is what was normed."""
+    matrix, g = rows(x), rows(grad)
+    other = None if more is None else rows(more)
+    n, width = matrix.shape
+    pieces = max(1, min(n, _MOST_PIECES))
+    sums = [torch.zeros(pieces, width) if want else None for want in wanted]
+    grad_x = torch.empty(x.shape, dtype=x.dtype)
+    _backward(
+        x.dtype,
+        *(matrix, matrix.stride(0), norm.weight, g, g.stride(0), other, 0 if other is None else other.stride(0)),
+        *(mean, scale, grad_x, *sums, n, width, pieces, norm.offset, norm.cast_first),
+    )
+    of_weight, of_bias = (None if s is None else s.sum(0).to(x.dtype) for s in sums)
+    return grad_x, of_weight, of_bias
+
+
 class _Norm(torch.autograd.Function):
-    """Answers the normalised sum and its norm; without a residual the sum is x itself and has no gradient."""
+    """Answers the sum and its norm; without a residual the sum is x itself and has no gradient."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps: float, offset: float, cast_first: bool, centered: bool):
-        matrix = rows(x)
-        n, width = matrix.shape
-        other = None if residual is None else rows(residual)
-        y = torch.empty(x.shape, dtype=x.dtype)
-        total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
-        scale = torch.empty(n)
-        mean = torch.empty(n) if centered else None
-        _forward(
-            x.dtype,
-            *(matrix, matrix.stride(0), other, 0 if other is None else other.stride(0), weight, bias),
-            *(total, y, mean, scale, n, width, eps, offset, cast_first),
-        )
-        ctx.save_for_backward(x if total is None else total, weight, mean, scale)
-        ctx.offset, ctx.cast_first, ctx.with_sum = offset, cast_first, total is not None
+    def forward(ctx, x, residual, weight, bias, *how):
+        norm = Norm(weight, bias, *how)
+        total, y, scale, mean = normed(x, norm, residual)
+        ctx.save_for_backward(total, weight, scale, mean)
+        ctx.how, ctx.with_sum = how, residual is not None
         ctx.set_materialize_grads(False)
-        return total, y
+        return None if residual is None else total, y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_sum: Tensor | None, grad: Tensor | None) -> Any:
         if grad is None:  # the norm was not used
             return grad_sum, grad_sum, *[None] * 6
-        x, weight, mean, scale = ctx.saved_tensors
-        matrix, g = rows(x), rows(grad)
-        more = None if grad_sum is None else rows(grad_sum)
-        n, width = matrix.shape
-        pieces = max(1, min(n, _MOST_PIECES))
-        wanted = (ctx.needs_input_grad[2], ctx.needs_input_grad[3])
-        sums = [torch.zeros(pieces, width) if want else None for want in wanted]
-        grad_x = torch.empty(x.shape, dtype=x.dtype)
-        _backward(
-            x.dtype,
-            *(matrix, matrix.stride(0), weight, g, g.stride(0), more, 0 if more is None else more.stride(0)),
-            *(mean, scale, grad_x, *sums, n, width, pieces, ctx.offset, ctx.cast_first),
-        )
-        of_weight, of_bias = (None if s is None else s.sum(0).to(x.dtype) for s in sums)
+        x, weight, scale, mean = ctx.saved_tensors
+        norm = Norm(weight, None, *ctx.how)
+        wanted = ctx.needs_input_grad[2:4]
+        grad_x, of_weight, of_bias = normed_backward(x, norm, scale, mean, grad, grad_sum, wanted)
         return grad_x, grad_x if ctx.with_sum else None, of_weight, of_bias, *[None] * 4
