@@ -180,7 +180,7 @@ class _LoraLinear(torch.autograd.Function):
         y, lows = product(rows(x).contiguous(), _layer(weight, bias, settings, factors))
         ctx.settings = settings
         ctx.save_for_backward(x, weight, bias, *factors, *lows)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
