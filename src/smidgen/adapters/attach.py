@@ -20,6 +20,7 @@ from smidgen.adapters.base import Adapter, Place, base_modules, in_adapter
 from smidgen.adapters.layers import Layer, layer_of
 from smidgen.adapters.trained import Mirror
 from smidgen.errors import MergeError, TargetError, UsageError
+from smidgen.kernels.lora import Linear
 
 BASE = "__base__"  # the name that asks for no adapter at all, for a row of a batch
 
@@ -256,6 +257,27 @@ def _join_rows(answers: list[Any], order: list[int]) -> Any:
     back = torch.empty(len(order), dtype=torch.long, device=answers[0].device)
     back[order] = torch.arange(len(order), device=answers[0].device)
     return torch.cat(answers)[back]
+
+
+def is_low_rank(module: Any) -> bool:
+    """Whether the module is a plain linear layer now, or one with adapters that each add a low-rank update."""
+    if not isinstance(module, Adapted):
+        return type(module) is nn.Linear and "forward" not in vars(module)
+    instance_forward = module.__dict__.keys() & {"_inner_forward", "_outer_forward"}
+    plain = module._original_class() is nn.Linear and not instance_forward and module._state.rows is None
+    return plain and all(adapter.is_low_rank() for adapter in _answering_adapters(module))
+
+
+def linear_of(module: Any) -> Linear:
+    """A module of which `is_low_rank` holds, with the updates of one call."""
+    updates = tuple(adapter.low_rank() for adapter in _answering_adapters(module))
+    return Linear(module.weight, module.bias, updates)
+
+
+def _answering_adapters(module: Any) -> list[Any]:
+    if not isinstance(module, Adapted) or not module._state.enabled:
+        return []
+    return [module.adapters[name] for name in module._answering(module._state.active)]
 
 
 # --- attaching and detaching ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from smidgen.adapters.config import PeftConfig
 from smidgen.adapters.layers import Layer, layer_of
 from smidgen.errors import MergeError, TargetError
+from smidgen.kernels.lora import LowRank
 
 
 class Inner(Protocol):
@@ -82,6 +83,14 @@ class Adapter(nn.Module):
 
     def forward(self, inner: Inner, *args: Any, **kwargs: Any) -> Any:
         """Answer the call; ``inner(...)`` runs what lies below."""
+        raise NotImplementedError
+
+    def is_low_rank(self) -> bool:
+        """Whether the answer is that of a linear layer below plus `low_rank`, with nothing else."""
+        return False
+
+    def low_rank(self) -> LowRank:
+        """The update of one call, with the mask of its dropout; only where `is_low_rank`."""
         raise NotImplementedError
 
     def merged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ def attended_backward(
     grad: Tensor,
     into: Sequence[Tensor],
 ) -> None:
-    """Write the gradients of q, k and v `into` tensors of their shapes; `out` and `lse` are what `attended` answered."""
+    """Write the gradients of q, k and v `into` tensors of their shapes; `out`, `lse`: what `attended` answered."""
     grad = _dense(grad)
     _backward(
         q.dtype,

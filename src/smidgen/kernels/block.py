@@ -1,10 +1,11 @@
-"""A decoder block of a language model as one operation: norm, attention, norm, gated feed-forward layer, both added.
+"""The two halves of a decoder block as one operation each: x + attention(norm(x)) and x + feed_forward(norm(x)).
 
 Letters: N tokens of all rows, D width, H query heads, K key and value heads, W head width, I inner width.
 
-Beside the inputs of the two halves, backward needs queries, keys and values, the output of the attention, and gate and
-up; norms, the activation and dropped inputs are computed again. `frugal` keeps neither gate and up nor queries, keys
-and values, which are most of it, and multiplies again; the attention and the last product are never repeated.
+Kept for backward are what the products need and what is dear: queries, keys and values, the attention's output, gate
+and up. Norms, the activation, dropped inputs and the turned gradients are computed again or in place. `frugal` keeps
+neither queries, keys and values nor gate and up, most of the memory, and makes them again from the input and the stored
+x A^T; the attention and the second product of each half are not repeated.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from torch.autograd.function import once_differentiable
 
 from smidgen.kernels.attention import Scores, attended, attended_backward
 from smidgen.kernels.gated import Activation, gated_backward, gated_forward
-from smidgen.kernels.lora import Linear, product, product_backward, product_gradients
-from smidgen.kernels.norms import Norm, Normed, normed, normed_backward
+from smidgen.kernels.lora import Linear, native, product, product_backward, product_gradients
+from smidgen.kernels.norms import Norm, normed, normed_backward
 from smidgen.kernels.rope import rotated
 
 
 class Attention(NamedTuple):
-    """norm(x) becomes queries, keys and values, these are turned, attend, and are mixed by `mix`."""
+    """norm(x) becomes queries, keys and values; they are turned and attend; `mix` makes the result."""
 
     norm: Norm
-    inputs: tuple[Linear, ...]  # of queries, keys and values, or one of all, in this order
+    inputs: tuple[Linear, ...]  # of queries, keys and values in this order, or one of all
     query_norm: Norm | None  # of each head
     key_norm: Norm | None
     mix: Linear
@@ -38,7 +39,7 @@ class Attention(NamedTuple):
 
 
 class FeedForward(NamedTuple):
-    """norm(x) becomes gate and up, activation(gate) * up becomes the result by `mix`."""
+    """norm(x) becomes gate and up; `mix` makes the result of activation(gate) * up."""
 
     norm: Norm
     inputs: tuple[Linear, ...]  # of gate and up, or one of both
@@ -47,170 +48,280 @@ class FeedForward(NamedTuple):
     activation: Activation
 
 
-class Block(NamedTuple):
-    """One block; or, with the same places, the gradients of its tensors or whether they are wanted."""
-
-    attention: Attention
-    feed_forward: FeedForward
-
-
 class Where(NamedTuple):
     """Where the tokens stand."""
 
-    offsets: Tensor  # (S + 1,) int64, see `attention`
-    cos: Tensor  # (N, R) float32, see `rope`
+    offsets: Tensor  # (S + 1,) int64: see `attention`
+    cos: Tensor  # (N, R): see `rope`
     sin: Tensor
 
 
-def decoder_block(x: Tensor, block: Block, where: Where, frugal: bool = False) -> Tensor:
-    """x + attention(x), called y, and of that y + feed_forward(y).
+def add_attention(x: Tensor, part: Attention, where: Where, frugal: bool = False) -> Tensor:
+    """x (..., D) plus the attention to it, or plus the norm of that, where there is a norm after.
 
-    Args:
-        x: (..., D), of N tokens. All tensors are of one dtype that the native kernels take, low-rank factors excepted.
-        frugal: keep less for backward, at the cost of computing the products with K = D again.
+    All tensors are such as the native kernels take, of one dtype but for low-rank factors.
     """
-    return _Block.apply(x, where, _map(block, lambda tensor: _TENSOR), frugal, *_tensors(block))
+    return _AddAttention.apply(x, where, _map(part, _place), frugal, *_tensors(part))
 
 
-# ---- a tree of named tuples whose leaves may be tensors ----
+def add_feed_forward(x: Tensor, part: FeedForward, frugal: bool = False) -> Tensor:
+    """x (..., D) plus the feed-forward layer's answer to it, likewise."""
+    return _AddFeedForward.apply(x, _map(part, _place), frugal, *_tensors(part))
 
-_TENSOR = object()  # stands for a tensor in a tree that is kept without them
+
+def takes(x: Tensor, part: Attention | FeedForward) -> bool:
+    """Whether native code can run: plain CPU tensors, of the type of `x` but for low-rank factors, no autocast."""
+    layers = (*part.inputs, part.mix)
+    factors = [factor for layer in layers for update in layer.updates for factor in update[:2]]
+    ours = {id(factor) for factor in factors}
+    others = [tensor for tensor in _tensors(part) if id(tensor) not in ours]
+    return native(x, *others) and all(factor.is_cpu for factor in factors)
+
+
+# ---- trees of tuples whose leaves may be tensors ----
+
+_PLACE = object()  # stands for a tensor in a tree that is kept without them
 
 
 def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """`tree` with what `change` makes of each tensor, or of each place of one, in order."""
+    """`tree` with what `change` makes of each tensor, or of the place of one, in order."""
     if isinstance(tree, tuple):
         parts = [_map(part, change) for part in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return change(tree) if isinstance(tree, Tensor) or tree is _TENSOR else tree
+    return change(tree) if isinstance(tree, Tensor) or tree is _PLACE else tree
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, tuple):
-        for part in tree:
-            yield from _tensors(part)
-    elif isinstance(tree, Tensor):
-        yield tree
+def _place(tensor: Tensor) -> Any:
+    return _PLACE
 
 
-def _filled(skeleton: Any, values: Sequence[Any]) -> Any:
-    """`skeleton` with values in the places of its tensors."""
-    left = iter(values)
-    return _map(skeleton, lambda place: next(left))
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(tree, found.append)
+    return found
 
 
-def _at_tensors(skeleton: Any, tree: Any) -> Iterator[Any]:
-    """What `tree` holds in the places where `skeleton` has tensors."""
+def _filled(skeleton: Any, values: Iterator[Any]) -> Any:
+    return _map(skeleton, lambda place: next(values))
+
+
+def _in_places(skeleton: Any, tree: Any) -> Iterator[Any]:
+    """What `tree` holds where `skeleton` has places; None where it has no such branch."""
     if isinstance(skeleton, tuple):
-        for part, other in zip(skeleton, tree, strict=True):
-            yield from _at_tensors(part, other)
-    elif skeleton is _TENSOR:
+        for i, part in enumerate(skeleton):
+            yield from _in_places(part, None if tree is None else tree[i])
+    elif skeleton is _PLACE:
         yield tree
 
 
 def _any(tree: Any) -> bool:
+    """Whether a gradient of a layer is wanted."""
     return any(map(_any, tree)) if isinstance(tree, tuple) else tree is True
+
+
+def _keep(ctx: Any, skeleton: Any, tensors: Sequence[Tensor], kept: tuple) -> None:
+    ctx.trees = skeleton, _map(kept, _place)
+    ctx.save_for_backward(*tensors, *_tensors(kept))
+
+
+def _found(ctx: Any) -> Any:
+    """The part, and what was kept for it."""
+    values = iter(ctx.saved_tensors)
+    return [_filled(tree, values) for tree in ctx.trees]
 
 
 # ---- products of one input ----
 
 
-class Products(NamedTuple):
-    """What several layers make of one input."""
-
-    outputs: tuple[Tensor, ...]
-    lows: tuple[Sequence[Tensor], ...]
-
-
-def _products(x: Tensor, layers: tuple[Linear, ...], lows: Sequence[Any] | None = None) -> Products:
-    made = [product(x, layer, None if lows is None else lows[i]) for i, layer in enumerate(layers)]
-    outputs, kept = zip(*made)
-    return Products(outputs, kept)
+def _products(x: Tensor, layers: tuple[Linear, ...], widths: Sequence[int], lows: Any) -> tuple[list[Tensor], Any]:
+    """The outputs of the layers, cut to `widths`, and x A^T of their updates, which are computed unless given."""
+    made = [product(x, layer, lows and lows[i]) for i, layer in enumerate(layers)]
+    outputs = [y for y, _ in made]
+    return outputs if len(layers) > 1 else list(outputs[0].split(widths, dim=1)), tuple(low for _, low in made)
 
 
 def _products_backward(
     grads: Sequence[Tensor], x: Callable[[], Tensor], layers: Any, lows: Any, wanted: Any, of_x: bool
-) -> tuple[Tensor | None, tuple[Linear, ...]]:
-    """The gradients of the input, if wanted, and of the layers. x: computes the input again."""
+) -> tuple[Tensor | None, Any]:
+    """The gradients of the input, if wanted, and of the layers' tensors. x: computes the input again."""
     grad_x, low_grads = None, []
     for grad, layer in zip(grads, layers):
         grad_x, of_lows = product_backward(grad, layer, of_x, grad_x)
         low_grads.append(of_lows)
     if not _any(wanted):
-        return grad_x, wanted
+        return grad_x, None
     again = x()
     parts = zip(grads, layers, lows, low_grads, wanted)
     return grad_x, tuple(product_gradients(g, again, layer, low, of, want) for g, layer, low, of, want in parts)
 
 
-def _split(outputs: Sequence[Tensor], widths: list[int]) -> Sequence[Tensor]:
-    return outputs if len(outputs) > 1 else outputs[0].split(widths, dim=1)
+def _room(layers: tuple[Linear, ...], rows: int, widths: Sequence[int], dtype: torch.dtype) -> tuple[list, list]:
+    """New gradients of the outputs of `layers`, and the same cut to `widths`."""
+    whole = [torch.empty(rows, len(layer.weight), dtype=dtype) for layer in layers]
+    return whole, whole if len(layers) > 1 else list(whole[0].split(widths, dim=1))
 
 
-# ---- the halves ----
+def _mixed(x: Tensor, y: Tensor, mix: Linear, norm_after: Norm | None) -> tuple[Tensor, Any, Any]:
+    """x + mix(y), or x + norm_after(mix(y)); the lows of `mix`; what that norm had to norm, and its scale."""
+    mixed, lows = product(y, mix)
+    if norm_after is None:
+        return mixed.add_(x), lows, None
+    after = normed(mixed, norm_after)
+    return after.y.add_(x), lows, (mixed, after.scale)
 
 
-class Turned(NamedTuple):
-    """Queries, keys and values (N, heads, W): as they were made, and as they attend."""
+def _unnormed(grad: Tensor, after: Any, norm_after: Norm | None, wanted: Any) -> tuple[Tensor, Norm | None]:
+    """The gradient before the norm after, and that of the norm."""
+    if norm_after is None:
+        return grad, None
+    return _normed_backward(after[0], norm_after, after[1], grad, None, wanted)
 
-    q_raw: Tensor
-    k_raw: Tensor
+
+def _normed_backward(
+    x: Tensor, norm: Norm, scale: Tensor, grad: Tensor, more: Tensor | None, wanted: Norm
+) -> tuple[Tensor, Norm]:
+    grad_x, of_weight, _ = normed_backward(x, norm, scale, None, grad, more, (wanted.weight is True, False))
+    return grad_x, norm._replace(weight=of_weight)
+
+
+# ---- attention ----
+
+
+class _Heads(NamedTuple):
+    """Queries, keys and values as they attend (N, heads, W), and before a norm of each head, with its scale."""
+
     q: Tensor
     k: Tensor
     v: Tensor
-    lows: Any
+    raw: Any  # for queries and keys: None, or the tensor and the scale
 
 
-def _turned(x: Tensor, part: Attention, where: Where, lows: Any = None) -> Turned:
-    """x: (N, D), normed."""
-    made = _products(x, part.inputs, lows)
-    widths = _head_widths(part)
-    raw = [y.unflatten(1, (-1, part.head_width)) for y in _split(made.outputs, widths)]
-    turned = []
-    for y, norm in zip(raw, (part.query_norm, part.key_norm)):
-        turned.append(rotated(y, where.cos, where.sin, out=y) if norm is None else rotated(normed(y, norm).y, *where[1:]))
-    return Turned(raw[0], raw[1], *turned, raw[2], made.lows)
+def _heads(x: Tensor, part: Attention, where: Where, lows: Any = None) -> tuple[_Heads, Any]:
+    made, lows = _products(x, part.inputs, _widths(part), lows)
+    q, k, v = (y.unflatten(1, (-1, part.head_width)) for y in made)
+    turned, raw = [], []
+    for y, norm in ((q, part.query_norm), (k, part.key_norm)):
+        made_even = None if norm is None else normed(y, norm)
+        turned.append(made_even.y if made_even else y)
+        raw.append(made_even and (made_even.total, made_even.scale))
+        rotated(turned[-1], where.cos, where.sin, out=turned[-1])
+    return _Heads(turned[0], turned[1], v, tuple(raw)), lows
 
 
-def _head_widths(part: Attention) -> list[int]:
-    outputs, few = sum(len(layer.weight) for layer in part.inputs), part.kv_heads * part.head_width
-    return [outputs - 2 * few, few, few]
+def _widths(part: Attention) -> list[int]:
+    few = part.kv_heads * part.head_width
+    return [sum(len(layer.weight) for layer in part.inputs) - 2 * few, few, few]
 
 
-def _added(x: Tensor, y: Tensor, norm_after: Norm | None, norm: Norm | None) -> tuple[Normed, Normed | None]:
-    """x + y, or x + norm_after(y), and that normed for what follows."""
-    after = None if norm_after is None else normed(y, norm_after)
-    y = y if after is None else after.y
-    return (Normed(y.add_(x), y, y, None) if norm is None else normed(x, norm, y)), after
-
-
-class _Block(torch.autograd.Function):
+class _AddAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, where: Where, skeleton: Any, frugal: bool, *tensors: Tensor) -> Tensor:
-        block: Block = _filled(skeleton, tensors)
-        attention, feed_forward = block
+        part: Attention = _filled(skeleton, iter(tensors))
         matrix = x.reshape(-1, x.shape[-1]).contiguous()
-        first = normed(matrix, attention.norm)
-        turned = _turned(first.y, attention, where)
-        out, lse = attended(turned.q, turned.k, turned.v, where.offsets, attention.scores)
-        mixed, mix_lows = product(out.flatten(1), attention.mix)
-        second, after = _added(matrix, mixed, attention.norm_after, feed_forward.norm)
-        gates = _products(second.y, feed_forward.inputs)
-        inner = gated_forward(*_halves(gates.outputs), feed_forward.activation)
-        result, last_lows = product(inner, feed_forward.mix)
-        last, after_last = _added(second.total, result, feed_forward.norm_after, None)
+        first = normed(matrix, part.norm)
+        heads, lows = _heads(first.y, part, where)
+        out, lse = attended(heads.q, heads.k, heads.v, where.offsets, part.scores)
+        total, mix_lows, after = _mixed(matrix, out.flatten(1), part.mix, part.norm_after)
+        kept = (matrix, first.scale, where, None if frugal else heads, lows, out, lse, mix_lows, after)
+        _keep(ctx, skeleton, tensors, kept)
+        return total.view(x.shape)
 
-        kept = {
-            "x": matrix,
-            "scale": first.scale,
-            "out": out,
-            "lse": lse,
-            "mixed": after and after.total,
-            "after_scale": after and after.scale,
-            "y": second.total,
-            "y_scale": second.scale,
-            "result": after_last and after_last.total,
-            "result_scale": after_last and after_last.scale,
-        }
-        ...
-        return last.total.view(x.shape)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Any:
+        part, (x, scale, where, heads, lows, out, lse, mix_lows, after) = _found(ctx)
+        wanted = _filled(ctx.trees[0], iter(ctx.needs_input_grad[4:]))
+        above = grad.reshape(x.shape).contiguous()
+
+        g, of_norm_after = _unnormed(above, after, part.norm_after, wanted.norm_after)
+        g, of_mix = _mix_backward(g, out.flatten(1), part.mix, mix_lows, wanted.mix)
+
+        def again() -> Tensor:
+            return normed(x, part.norm).y
+
+        if heads is None:
+            heads, _ = _heads(again(), part, where, lows)
+        whole, cut = _room(part.inputs, len(x), _widths(part), x.dtype)
+        q, k, v = (y.unflatten(1, (-1, part.head_width)) for y in cut)
+        attended_backward(heads.q, heads.k, heads.v, where.offsets, part.scores, out, lse, g.view(out.shape), (q, k, v))
+        of_heads = []
+        for y, raw, norm, want in zip((q, k), heads.raw, part[2:4], wanted[2:4]):
+            rotated(y, where.cos, where.sin, sign=-1.0, out=y)
+            of_heads.append(None)
+            if norm is not None:
+                even, of_heads[-1] = _normed_backward(raw[0], norm, raw[1], y, None, want)
+                y.copy_(even)
+
+        below = ctx.needs_input_grad[0] or wanted.norm.weight
+        g, of_inputs = _products_backward(whole, again, part.inputs, lows, wanted.inputs, below)
+        of_x = of_norm = None
+        if g is not None:
+            of_x, of_norm = _normed_backward(x, part.norm, scale, g, above, wanted.norm)
+        grads = part._replace(
+            norm=of_norm,
+            inputs=of_inputs,
+            query_norm=of_heads[0],
+            key_norm=of_heads[1],
+            mix=of_mix,
+            norm_after=of_norm_after,
+        )
+        of_x = None if of_x is None else of_x.view(grad.shape)
+        return of_x, None, None, None, *_in_places(ctx.trees[0], grads)
+
+
+def _mix_backward(grad: Tensor, x: Tensor, mix: Linear, lows: Any, wanted: Any) -> tuple[Tensor, Any]:
+    grad_x, of_mix = _products_backward([grad], lambda: x, (mix,), (lows,), (wanted,), True)
+    assert grad_x is not None
+    return grad_x, of_mix and of_mix[0]
+
+
+# ---- feed-forward ----
+
+
+class _AddFeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, skeleton: Any, frugal: bool, *tensors: Tensor) -> Tensor:
+        part: FeedForward = _filled(skeleton, iter(tensors))
+        matrix = x.reshape(-1, x.shape[-1]).contiguous()
+        first = normed(matrix, part.norm)
+        gates, lows = _gates(first.y, part)
+        inner = gated_forward(gates[0], gates[1], part.activation)
+        total, mix_lows, after = _mixed(matrix, inner, part.mix, part.norm_after)
+        kept = (matrix, first.scale, None if frugal else tuple(gates), lows, mix_lows, after)
+        _keep(ctx, skeleton, tensors, kept)
+        return total.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Any:
+        part, (x, scale, gates, lows, mix_lows, after) = _found(ctx)
+        wanted = _filled(ctx.trees[0], iter(ctx.needs_input_grad[3:]))
+        above = grad.reshape(x.shape).contiguous()
+
+        g, of_norm_after = _unnormed(above, after, part.norm_after, wanted.norm_after)
+
+        def again() -> Tensor:
+            return normed(x, part.norm).y
+
+        if gates is None:
+            gates, _ = _gates(again(), part, lows)
+        inner, low_grads = product_backward(g, part.mix)
+        assert inner is not None
+        whole, cut = _room(part.inputs, len(x), [inner.shape[1]] * 2, x.dtype)
+        activated = torch.empty_like(inner)
+        gated_backward(inner, gates[0], gates[1], part.activation, (cut[0], cut[1]), activated)
+        of_mix = product_gradients(g, activated, part.mix, mix_lows, low_grads, wanted.mix)
+
+        below = ctx.needs_input_grad[0] or wanted.norm.weight
+        g, of_inputs = _products_backward(whole, again, part.inputs, lows, wanted.inputs, below)
+        of_x = of_norm = None
+        if g is not None:
+            of_x, of_norm = _normed_backward(x, part.norm, scale, g, above, wanted.norm)
+        grads = part._replace(norm=of_norm, inputs=of_inputs, mix=of_mix, norm_after=of_norm_after)
+        of_x = None if of_x is None else of_x.view(grad.shape)
+        return of_x, None, None, *_in_places(ctx.trees[0], grads)
+
+
+def _gates(x: Tensor, part: FeedForward, lows: Any = None) -> tuple[list[Tensor], Any]:
+    width = sum(len(layer.weight) for layer in part.inputs) // 2
+    return _products(x, part.inputs, [width, width], lows)

@@ -48,9 +48,9 @@ class Linear(NamedTuple):
     updates: tuple[LowRank, ...]
 
 
-def native(x: Tensor, weight: Tensor) -> bool:
-    """Whether `lora_linear` would run on native code for such an input, and nothing else decides on its type."""
-    return _down.takes(x, weight) and not torch.is_autocast_enabled(x.device.type)
+def native(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether native code would run for an input and such weights, and nothing else decides on its type."""
+    return _down.takes(x, *others) and not torch.is_autocast_enabled(x.device.type)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[LowRank]) -> Tensor:

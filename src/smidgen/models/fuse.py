@@ -22,7 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from smidgen import kernels
 from smidgen.adapters.attach import MadeInPlace, class_with, class_without
 from smidgen.data.packing import IGNORED, Batch
+from smidgen.kernels.attention import Scores
 from smidgen.kernels.gated import gated
+from smidgen.models.block import FusedBlock
 from smidgen.models.scores import HEAD, SEGMENTS, Head, token_losses, vocabulary_size
 
 ATTENTION = "smidgen"
@@ -45,8 +47,9 @@ def fused(model: Any, say: Callable[[str], None] = print) -> Iterator[None]:
         return
     norms, gates = _take_over_modules(model)
     try:
-        with _attending(model) as refusal, _scoring(model) as head:
-            parts = [f"{norms} norms", f"{gates} feed-forward layers"]
+        with _attending(model) as refusal, _in_blocks(model, not refusal) as blocks, _scoring(model) as head:
+            parts = [f"{blocks} whole blocks"] * (blocks > 0)
+            parts += [f"{norms} norms", f"{gates} feed-forward layers"]
             parts += ["attention"] * (not refusal) + ["cross-entropy"] * head
             say(f"{kernels.chosen()}: {', '.join(parts)}")
             if refusal:
@@ -139,11 +142,11 @@ def _takes_over(module: Any, mixin: type, how: Any) -> bool:
     return False
 
 
-def _answer_and_gradient(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def _answer_and_gradient(module: Any, x: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
     with torch.random.fork_rng([]), torch.enable_grad():
         torch.manual_seed(0)  # dropout of adapters below falls alike
         x = x.clone().requires_grad_()
-        y = module(x)
+        y = module(x, **others)
         above = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
         (gradient,) = torch.autograd.grad(y, x, above)
     return y.detach(), gradient
@@ -157,6 +160,8 @@ def _near(one: Tensor, other: Tensor) -> bool:
 # ---- attention ----
 
 _own: ContextVar[str] = ContextVar("own")  # the attention that the model had before
+# Where it is noted how each module attends, while that is asked for.
+_seen: ContextVar[dict[nn.Module, Scores] | None] = ContextVar("seen", default=None)
 
 
 def _attend(
@@ -176,7 +181,9 @@ def _attend(
         own = ALL_ATTENTION_FUNCTIONS.get_interface(_own.get(), eager)
         options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap} | kwargs
         return own(module, query, key, value, attention_mask, **options)
-    rows, heads, length, _ = query.shape
+    rows, heads, length, width = query.shape
+    if (seen := _seen.get()) is not None:
+        seen[module] = Scores(scaling or width**-0.5, sliding_window, softcap)
     q, k, v = (x.transpose(1, 2).reshape(rows * length, x.shape[1], x.shape[3]) for x in (query, key, value))
     out, _ = kernels.attention(q, k, v, attention_mask, scaling, sliding_window, softcap)
     return out.view(rows, length, heads, -1), None
@@ -239,6 +246,58 @@ def _alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 
 def _distance(one: Tensor, other: Tensor) -> float:
     return ((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-12)).item()
+
+
+# ---- whole blocks ----
+
+
+@contextmanager
+def _in_blocks(model: Any, attending: bool) -> Iterator[int]:
+    """Let decoder layers run as whole blocks inside the block, if the kernel attends; the value is how many do."""
+    blocks = [block for block in (_block_like(*call) for call in _calls(model)) if block] if attending else []
+    try:
+        yield len(blocks)
+    finally:
+        for block in blocks:
+            block.give_back()
+
+
+def _calls(model: Any) -> Iterator[tuple[Any, dict[str, Any], dict[nn.Module, Scores]]]:
+    """Each decoder layer, what it was called with in a pass over two packed rows, and how the layers attended."""
+    calls: dict[nn.Module, dict[str, Any]] = {}
+    seen: dict[nn.Module, Scores] = {}
+    layers = [module for module in model.modules() if {"self_attn", "mlp"} <= dict(module.named_children()).keys()]
+    handles = [
+        layer.register_forward_pre_hook(lambda layer, _, kwargs: calls.update({layer: kwargs}), with_kwargs=True)
+        for layer in layers
+        if "forward" not in vars(layer) and not isinstance(layer, MadeInPlace)
+    ]
+    token = _seen.set(seen)
+    try:
+        _losses_and_gradient(model)
+    finally:
+        _seen.reset(token)
+        for handle in handles:
+            handle.remove()
+    for layer, kwargs in calls.items():
+        yield layer, kwargs, seen
+
+
+def _block_like(layer: Any, kwargs: dict[str, Any], seen: dict[nn.Module, Scores]) -> FusedBlock | None:
+    """The layer taken over, if it then answers as before, gradient included."""
+    try:
+        block = FusedBlock(layer, seen)
+    except (LookupError, AttributeError):
+        return None
+    weight = block.mix.weight
+    x = torch.randn(1, _TOKENS, weight.shape[0], generator=torch.Generator().manual_seed(0))
+    x = (x / 50).to(weight.dtype)  # small, so that what is added to it decides
+    expected = _answer_and_gradient(layer, x, **kwargs)
+    block.take_over()
+    if all(_near(a, b) for a, b in zip(expected, _answer_and_gradient(layer, x, **kwargs), strict=True)):
+        return block
+    block.give_back()
+    return None
 
 
 # ---- the head ----

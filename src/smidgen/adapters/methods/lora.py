@@ -278,11 +278,8 @@ class Lora(WeightAdapter):
 
     def forward(self, inner: Inner, x: Tensor) -> Tensor:
         layer = self.layer
-        if (weight := inner.plain_weight) is not None and self._is_plain() and native(x, weight):
-            p = self.dropout.p if self.training else 0.0
-            # The mask follows from the seed, which is drawn as a mask would be: a resumed run draws the same.
-            seed = int(torch.randint(2**62, ())) if p else 0
-            return lora_linear(x, weight, inner.bias, [LowRank(*self.factors(), self.scaling, p, seed)])
+        if (weight := inner.plain_weight) is not None and self.is_low_rank() and native(x, weight):
+            return lora_linear(x, weight, inner.bias, [self.low_rank()])
         y = inner(x) if self.bias is None else inner.call_with({"bias": self.bias}, x)
         if self.start_A is not None:
             y = y - self._low_rank(x, y.dtype, self.start_A, self.start_B)
@@ -301,10 +298,15 @@ class Lora(WeightAdapter):
                 base = base - self._low_rank(dropped, y.dtype, self.start_A, self.start_B)
         return y + (magnitude - 1) * base + magnitude * update
 
-    def _is_plain(self) -> bool:
-        """Whether the update is s B A dropout(x), with nothing else."""
+    def is_low_rank(self) -> bool:
         parts = (self.start_A, self.lora_magnitude_vector, self.bias)
         return type(self.layer) is LinearLayer and self.lora_B.bias is None and all(part is None for part in parts)
+
+    def low_rank(self) -> LowRank:
+        p = self.dropout.p if self.training else 0.0
+        # The mask follows from the seed, which is drawn as a mask would be: a resumed run draws the same.
+        seed = int(torch.randint(2**62, ())) if p else 0
+        return LowRank(*self.factors(), self.scaling, p, seed)
 
     def _low_rank(self, x: Tensor, dtype: torch.dtype, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """s (B A x + bias), computed in the base's dtype: what is narrow is cast, not the activations."""
