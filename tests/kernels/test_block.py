@@ -168,14 +168,16 @@ def test_what_is_kept_does_not_change_the_gradients(kernel_set):
     """To the bit: what was not kept is made again as it was."""
     native_only(kernel_set)
     new = Tensors(None, torch.bfloat16)
-    new.norm(WIDTH), new.linear(2 * INNER, WIDTH, 0.3, True, (0, INNER)), new.linear(WIDTH, INNER, 0.3, False)
+
+    def part(new: Tensors) -> FeedForward:
+        norm, gates = new.norm(WIDTH), new.linear(2 * INNER, WIDTH, 0.3, True, (0, INNER))
+        return FeedForward(norm, (gates,), new.linear(WIDTH, INNER, 0.3, False), None, "silu")
+
+    part(new)
 
     def run(frugal: bool) -> list[Tensor]:
         def half(x: Tensor, *given: Tensor) -> Tensor:
-            take = Tensors(list(given))
-            norm, gates = take.norm(WIDTH), take.linear(2 * INNER, WIDTH, 0.3, True, (0, INNER))
-            part = FeedForward(norm, (gates,), take.linear(WIDTH, INNER, 0.3, False), None, "silu")
-            return add_feed_forward(x, part, frugal)
+            return add_feed_forward(x, part(Tensors(list(given))), frugal)
 
         return outputs_and_gradients(half, [random(50, WIDTH, dtype=torch.bfloat16), *new.made], 1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +22,7 @@ FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthChec
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
-def peft_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[LowRank]) -> Tensor:
+def peft_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[LowRank]) -> Tensor:
     """The formula as peft computes it: factors in float32 or wider, their update rounded to the type of the base."""
     y = functional.linear(x, weight, bias)
     for a, b, scaling, p, seed, _ in updates:

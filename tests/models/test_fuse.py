@@ -35,9 +35,15 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
     "gpt2": (tiny_gpt2, "0 norms, 0 feed-forward layers, attention, cross-entropy"),
     "qwen2": (of_kind("Qwen2"), "2 whole blocks, 5 norms, 2 feed-forward layers, attention, cross-entropy"),
     "qwen3": (of_kind("Qwen3"), "2 whole blocks, 9 norms, 2 feed-forward layers, attention, cross-entropy"),
-    "mistral": (of_kind("Mistral", sliding_window=6), "2 whole blocks, 5 norms, 2 feed-forward layers, attention, cross-entropy"),
+    "mistral": (
+        of_kind("Mistral", sliding_window=6),
+        "2 whole blocks, 5 norms, 2 feed-forward layers, attention, cross-entropy",
+    ),
     "gemma": (of_kind("Gemma"), "2 whole blocks, 5 norms, 2 feed-forward layers, attention, cross-entropy"),
-    "gemma2": (of_kind("Gemma2", sliding_window=6, query_pre_attn_scalar=8), "2 whole blocks, 9 norms, 2 feed-forward layers"),
+    "gemma2": (
+        of_kind("Gemma2", sliding_window=6, query_pre_attn_scalar=8),
+        "2 whole blocks, 9 norms, 2 feed-forward layers",
+    ),
     "gemma3": (
         of_kind("Gemma3", "Gemma3TextConfig", sliding_window=6, query_pre_attn_scalar=8),
         "2 whole blocks, 13 norms, 2 feed-forward layers, attention, cross-entropy",
