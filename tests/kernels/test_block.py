@@ -11,7 +11,7 @@ from torch import Tensor
 from smidgen import kernels
 from smidgen.kernels import LowRank
 from smidgen.kernels.attention import Scores, attention_reference
-from smidgen.kernels.block import Attention, FeedForward, Where, add_attention, add_feed_forward, takes
+from smidgen.kernels.block import Attention, FeedForward, Where, add_attention, add_feed_forward, autocasted, takes
 from smidgen.kernels.gated import gated_reference
 from smidgen.kernels.lora import Linear
 from smidgen.kernels.norms import Norm, rms_norm_reference
@@ -193,4 +193,7 @@ def test_unlike_types_are_not_taken():
     assert takes(random(4, WIDTH), part) is native
     assert not takes(random(4, WIDTH, dtype=torch.bfloat16), part)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not takes(random(4, WIDTH), part)
+        cast = autocasted(part._replace(mix=new.linear(WIDTH, INNER, 0, False)))
+    assert takes(random(4, WIDTH, dtype=torch.bfloat16), cast) is native
+    assert {cast.norm.weight.dtype, cast.mix.weight.dtype} == {torch.bfloat16}
+    assert cast.mix.updates[0].a.dtype == torch.float32

@@ -179,6 +179,26 @@ def test_whole_blocks_learn_every_weight():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+def test_autocast_is_as_near_to_float32_as_the_model_itself():
+    model = tiny_llama(bias=True).train()
+    perturb(model, scale=0.05)
+    batches = [packed(seed) for seed in range(6)]
+    truths = [results(model, batch) for batch in batches]
+
+    def error() -> float:
+        squares = torch.zeros(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            for batch, truth in zip(batches, truths, strict=True):
+                for name, tensor in results(model, batch).items():
+                    assert tensor.dtype == truth[name].dtype
+                    squares += torch.stack([(tensor - truth[name]).square().sum(), truth[name].square().sum()])
+        return (squares[0] / squares[1]).sqrt().item()
+
+    plain = error()
+    with fused(model, say=lambda line: None):
+        assert error() < 1.25 * plain  # the sums of the residual stream are rounded too
+
+
 def test_frozen_products_are_joined_and_parted():
     model = adapted(tiny_llama)
     attention = model.get_submodule("model.layers.0.self_attn")

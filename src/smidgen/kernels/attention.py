@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smidgen.errors import UsageError, raise_all
-from smidgen.kernels.native import Kernel
+from smidgen.kernels.native import Kernel, takes
 
 _WIDEST = 256  # of a head, in the native kernel
 _forward = Kernel("attention", "pnnpnnpnn" + "pnnnnnff" + "pnnp")
@@ -57,7 +57,7 @@ def attention(
     """
     how = Scores(scale if scale is not None else q.shape[-1] ** -0.5, window, softcap)
     _check(q, k, v, offsets, how.scale, window)
-    if q.shape[-1] > _WIDEST or not _forward.takes(q, k, v):
+    if q.shape[-1] > _WIDEST or not takes(q, k, v):
         return attention_reference(q, k, v, offsets, how.scale, window, softcap)
     return _Attention.apply(q, k, v, offsets.long().contiguous(), how)
 

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from smidgen.kernels import native
 from smidgen.kernels.attention import Scores, attended, attended_backward
 from smidgen.kernels.gated import Activation, gated_backward, gated_forward
-from smidgen.kernels.lora import Linear, native, product, product_backward, product_gradients
+from smidgen.kernels.lora import Linear, LowRank, product, product_backward, product_gradients
+from smidgen.kernels.native import autocast
 from smidgen.kernels.norms import Norm, normed, normed_backward
 from smidgen.kernels.rope import rotated
 
@@ -70,12 +72,13 @@ def add_feed_forward(x: Tensor, part: FeedForward, frugal: bool = False) -> Tens
 
 
 def takes(x: Tensor, part: Attention | FeedForward) -> bool:
-    """Whether native code can run: plain CPU tensors, of the type of `x` but for low-rank factors, no autocast."""
-    layers = (*part.inputs, part.mix)
-    factors = [factor for layer in layers for update in layer.updates for factor in update[:2]]
-    ours = {id(factor) for factor in factors}
-    others = [tensor for tensor in _tensors(part) if id(tensor) not in ours]
-    return native(x, *others) and all(factor.is_cpu for factor in factors)
+    """Whether native code can run: plain CPU tensors, of the type of `x` but for low-rank factors."""
+    return native.takes(x, *_tensors(part, factors=False)) and all(factor.is_cpu for factor in _tensors(part))
+
+
+def autocasted(part: Any) -> Any:
+    """`part` with its tensors as autocast takes them, where it is on; low-rank factors stay as exact as they are."""
+    return _map(part, autocast, factors=False)
 
 
 # ---- trees of tuples whose leaves may be tensors ----
@@ -83,10 +86,12 @@ def takes(x: Tensor, part: Attention | FeedForward) -> bool:
 _PLACE = object()  # stands for a tensor in a tree that is kept without them
 
 
-def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """`tree` with what `change` makes of each tensor, or of the place of one, in order."""
+def _map(tree: Any, change: Callable[[Any], Any], factors: bool = True) -> Any:
+    """`tree` with what `change` makes of each tensor, or of the place of one, in order; also of low-rank factors."""
+    if isinstance(tree, LowRank) and not factors:
+        return tree
     if isinstance(tree, tuple):
-        parts = [_map(part, change) for part in tree]
+        parts = [_map(part, change, factors) for part in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
     return change(tree) if isinstance(tree, Tensor) or tree is _PLACE else tree
 
@@ -95,9 +100,9 @@ def _place(tensor: Tensor) -> Any:
     return _PLACE
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def _tensors(tree: Any, factors: bool = True) -> list[Tensor]:
     found: list[Tensor] = []
-    _map(tree, found.append)
+    _map(tree, found.append, factors)
     return found
 
 

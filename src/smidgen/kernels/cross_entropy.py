@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from smidgen.errors import UsageError
-from smidgen.kernels.native import Kernel
+from smidgen.kernels.native import Kernel, autocast, takes
 
 IGNORE = -100  # the target of a row without loss
 _CHUNK_BYTES = 32 * 2**20  # logits at a time: beyond it products get no faster
@@ -55,7 +55,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (N, D); give only rows with loss: the others are left out, at the cost of a copy.
-        weight: (V, D), of the type of `hidden`.
+        weight: (V, D), of the type of `hidden`; under autocast both are taken in its type.
         targets: (N,) int64, from 0 to below V, or -100 for a row without loss.
         bias: (V,).
         chunk: how many rows get logits at a time; by default as many as fill 32 MB.
@@ -72,13 +72,14 @@ def linear_cross_entropy(
     """
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
         raise UsageError(f"hidden must be (N, D) and targets (N,), got {tuple(hidden.shape)}, {tuple(targets.shape)}")
+    hidden, weight, bias = autocast(hidden), autocast(weight), None if bias is None else autocast(bias)
     size = weight.shape[0]
     rows = max(_SMALLEST_CHUNK, _CHUNK_BYTES // (size * hidden.element_size()))
     how = _Shape(chunk or rows, label_smoothing, softcap, logit_scale, z_loss)
     learned = targets != IGNORE
     if not torch.compiler.is_compiling() and bool((((targets < 0) & learned) | (targets >= size)).any()):
         raise UsageError(f"targets must be below {size:,} or {IGNORE}, got {targets.min()} to {targets.max()}")
-    if not _native.takes(hidden, weight, bias):
+    if not takes(hidden, weight, bias):
         return cross_entropy_reference(hidden, weight, targets, bias, label_smoothing, softcap, logit_scale, z_loss)
     if bool(learned.all()):
         return _LinearCrossEntropy.apply(hidden, weight, bias, targets.contiguous(), how)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smidgen.errors import UsageError
-from smidgen.kernels.native import Kernel, rows
+from smidgen.kernels.native import Kernel, rows, takes
 
 _BLOCK = 32  # elements that share 16 random words of 32 bits: the low halves decide the first 16 of them
 _native = Kernel("dropout", "pnpnnnnnn")
@@ -35,7 +35,7 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     threshold = _threshold(p)
     if threshold == 0:
         return x
-    if not _native.takes(x):
+    if not takes(x):
         return (x * scaled_mask(x.shape, p, seed, x.device)).to(x.dtype)
     return _Dropout.apply(x, p, seed)
 
@@ -47,7 +47,7 @@ def dropped(x: Tensor, p: float, seed: int, add_to: Tensor | None = None) -> Ten
         add_to: (..., D), contiguous: the result is added to it in place, and it is returned.
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if add_to is None else add_to
-    if not _native.takes(x, out):
+    if not takes(x, out):
         update = x * scaled_mask(x.shape, p, seed, x.device)
         return out.copy_(update) if add_to is None else out.add_(update)
     matrix, into = rows(x), out.view(-1, out.shape[-1])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from smidgen.kernels.native import Kernel, rows
+from smidgen.kernels.native import Kernel, rows, takes
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 _KINDS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
@@ -29,7 +29,7 @@ def geglu(gate: Tensor, up: Tensor, tanh: bool = False) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """activation(gate) * up, of one shape; the gradient computes the activation again instead of storing it."""
-    if gate.shape != up.shape or not _forward.takes(gate, up):
+    if gate.shape != up.shape or not takes(gate, up):
         return gated_reference(gate, up, activation)
     return _Gated.apply(gate, up, activation)
 

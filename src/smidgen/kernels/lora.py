@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from smidgen.errors import UsageError
 from smidgen.kernels.dropout import dropout, dropped, mask_arguments
-from smidgen.kernels.native import Kernel, rows
+from smidgen.kernels.native import Kernel, rows, takes
 
 _LARGEST_RANK = 32
 _MOST_PARTS = 16  # partial sums of a factor's gradient, one for each part of the rows
@@ -50,7 +50,7 @@ class Linear(NamedTuple):
 
 def native(x: Tensor, *others: Tensor | None) -> bool:
     """Whether native code would run for an input and such weights, and nothing else decides on its type."""
-    return _down.takes(x, *others) and not torch.is_autocast_enabled(x.device.type)
+    return takes(x, *others) and not torch.is_autocast_enabled(x.device.type)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[LowRank]) -> Tensor:
@@ -73,7 +73,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequen
                 f"adapter {i}: A {tuple(adapter.a.shape)} and B {tuple(adapter.b.shape)} must be (R, I) and (O, R) for "
                 f"the weight (O, I) = {tuple(weight.shape)}"
             )
-    if not _down.takes(x, weight, bias):
+    if not takes(x, weight, bias):
         return lora_linear_reference(x, weight, bias, adapters)
     factors = [factor for adapter in adapters for factor in (adapter.a, adapter.b)]
     settings = [(adapter.scaling, adapter.p, adapter.seed) for adapter in adapters]

@@ -97,6 +97,19 @@ def _openmp_entry() -> int | None:
     return None
 
 
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether a native function can run: plain CPU tensors of one dtype, float32 or bfloat16.
+
+    Under `torch.compile` plain PyTorch runs, which the compiler fuses by itself.
+    """
+    first = tensors[0]
+    if first is None or first.dtype not in _DTYPES or torch.compiler.is_compiling():
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    plain = all(t.is_cpu and t.dtype == first.dtype and type(t) in (Tensor, Parameter) for t in given)
+    return plain and _choice().binary is not None
+
+
 class Kernel:
     """A native function, declared once: what it is called and what it takes.
 
@@ -109,18 +122,6 @@ class Kernel:
     def __init__(self, name: str, signature: str):
         self.name = name
         self.types = [_TYPES[letter] for letter in signature] + [ctypes.c_int64]
-
-    def takes(self, *tensors: Tensor | None) -> bool:
-        """Whether the native function can run: plain CPU tensors of one dtype, float32 or bfloat16.
-
-        Under `torch.compile` plain PyTorch runs, which the compiler fuses by itself.
-        """
-        first = tensors[0]
-        if first is None or first.dtype not in _DTYPES or torch.compiler.is_compiling():
-            return False
-        given = [tensor for tensor in tensors if tensor is not None]
-        plain = all(t.is_cpu and t.dtype == first.dtype and type(t) in (Tensor, Parameter) for t in given)
-        return plain and _choice().binary is not None
 
     def __call__(self, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
         values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
@@ -144,3 +145,9 @@ def rows(x: Tensor) -> Tensor:
     """`x` as a matrix of its last dimension: the same memory where its rows are evenly spaced, otherwise a copy."""
     matrix = x.reshape(-1, x.shape[-1])
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` in the type in which autocast multiplies, where it is on, as `torch.nn.functional.linear` would take it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smidgen.kernels.native import Kernel, rows
+from smidgen.kernels.native import Kernel, rows, takes
 
 _MOST_PIECES = 64  # partial sums of the gradients of weight and bias, one for each piece of the rows
 _forward = Kernel("norm", "pnpnpppppp" + "nnffn")
@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, cast_fi
     Returns:
         (..., D), contiguous where the native kernel runs.
     """
-    if not _forward.takes(x, weight):
+    if not takes(x, weight):
         return rms_norm_reference(x, weight, eps, offset, cast_first)
     return _Norm.apply(x, None, weight, None, eps, offset, cast_first, False)[1]
 
@@ -40,7 +40,7 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0, cast_first: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The sum x + residual, in the type of `x`, and its `rms_norm`, in one pass over the memory."""
-    if x.shape != residual.shape or not _forward.takes(x, residual, weight):
+    if x.shape != residual.shape or not takes(x, residual, weight):
         total = x + residual
         return total, rms_norm_reference(total, weight, eps, offset, cast_first)
     return _Norm.apply(x, residual, weight, None, eps, offset, cast_first, False)
@@ -48,7 +48,7 @@ def add_rms_norm(
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, in float32, rounded once."""
-    if not _forward.takes(x, weight, bias):
+    if not takes(x, weight, bias):
         return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return _Norm.apply(x, None, weight, bias, eps, 0.0, False, True)[1]
 

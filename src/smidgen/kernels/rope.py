@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smidgen.kernels.native import Kernel
+from smidgen.kernels.native import Kernel, takes
 
 _native = Kernel("rope", "pnnpnnpnpnnnnnnf")
 
@@ -23,7 +23,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
     Returns:
         The shape and type of `x`, contiguous.
     """
-    if not _native.takes(x) or not cos.is_cpu:
+    if not takes(x) or not cos.is_cpu:
         return rope_reference(x, cos, sin, interleaved)
     return _Rope.apply(x, cos, sin, interleaved)
 

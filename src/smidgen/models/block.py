@@ -15,9 +15,10 @@ from transformers.activations import ACT2FN
 
 from smidgen.adapters.attach import is_low_rank, linear_of
 from smidgen.kernels.attention import Scores
-from smidgen.kernels.block import Attention, FeedForward, Where, add_attention, add_feed_forward, takes
+from smidgen.kernels.block import Attention, FeedForward, Where, add_attention, add_feed_forward, autocasted, takes
 from smidgen.kernels.gated import Activation
 from smidgen.kernels.lora import Linear
+from smidgen.kernels.native import autocast
 from smidgen.kernels.norms import Norm
 
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -123,12 +124,13 @@ class FusedBlock:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         parts = None if args or not self._may(kwargs) else self._parts()
-        if parts is None or not all(takes(hidden_states, part) for part in parts):
+        x = autocast(hidden_states)
+        if parts is None or not all(takes(x, part) for part in parts):
             return self.own(self.layer, hidden_states, *args, **kwargs)
         frugal = self.layer.training and getattr(self.layer, "gradient_checkpointing", False)
         cos, sin = (self._angles(table, hidden_states) for table in kwargs["position_embeddings"])
         where = Where(kwargs["attention_mask"].long(), cos, sin)
-        between = add_attention(hidden_states, parts[0], where, frugal)
+        between = add_attention(x, parts[0], where, frugal)
         return add_feed_forward(between, parts[1], frugal)
 
     def _may(self, kwargs: Mapping[str, Any]) -> bool:
@@ -164,7 +166,7 @@ class FusedBlock:
             norm_after=self.mlp_norm_after and self.mlp_norm_after(),
             activation=self.activation,
         )
-        return attention, feed_forward
+        return autocasted(attention), autocasted(feed_forward)
 
     def _angles(self, table: Tensor, x: Tensor) -> Tensor:
         """(N, R) of transformers' (1 or B, T, 2 R), whose halves are equal."""
