@@ -16,6 +16,7 @@ import torch
 from smidgen.errors import TrainingStopped
 
 _PAUSE = 0.01  # seconds between two looks at the process
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of GNU's mallopt, see malloc.h
 
 
 def held(device: torch.device) -> int:
@@ -28,13 +29,17 @@ def held(device: torch.device) -> int:
 
 
 def give_back() -> None:
-    """Return memory that earlier runs of this process have freed to the system.
+    """Return memory that earlier runs of this process have freed to the system, and keep what this run frees.
 
-    GNU's allocator keeps freed pieces, and what many runs leave behind adds up; others return them by themselves.
+    GNU's allocator keeps freed pieces, and what many runs leave behind adds up; others return them by themselves. Within
+    a run it would return the activations of each step and fetch them again, a page at a time: 105,000 page faults a
+    step of a model of 135M parameters, a twentieth of the time.
     """
     gc.collect()
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
+        library.mallopt(_MMAP_THRESHOLD, 2**25)  # the largest that is allowed
+        library.mallopt(_TRIM_THRESHOLD, 2**30)
 
 
 class PeakMemory:

@@ -203,7 +203,7 @@ def remedy(
         if found.missing <= needed:
             return f"train.micro_batch_tokens={how.token_budget} (peak {size_text(found.peak)})"
     if not checkpointing:
-        return "train.gradient_checkpointing=true, which holds the activations of one layer at a time"
+        return "train.gradient_checkpointing=true, which keeps less of each layer and computes it again"
     return f"data.max_length={longest // 2}, or a smaller model"
 
 
