@@ -11,6 +11,11 @@ constexpr int64_t MOST_SPLITS = 4;  // of a long segment's keys in backward, so 
 constexpr int64_t LEAST_SPLIT = 512;
 constexpr float NEVER = -1e30f, LOG2_E = 1.44269504f, LOG_2 = 0.693147181f;
 
+// A block of queries of one head. Its rows lie far apart, so they are asked for while another block is worked on.
+struct Rows {
+    int64_t token, count, head;
+};
+
 template <class T> struct Attention {
     typedef typename Words<T>::type P;
 
@@ -32,6 +37,12 @@ template <class T> struct Attention {
     // Whether some pair of the tile is masked.
     bool masked(int64_t query, int64_t queries, int64_t key, int64_t keys) const {
         return key + keys - 1 > query || key < first_key(query + queries - 1);
+    }
+    // What task i starts with, if there is one.
+    template <class Task> Rows first_rows(const Buffer<Task>& tasks, int64_t i, int64_t count) const {
+        if (i >= count) return {};
+        const Task& task = tasks.data[i];
+        return {task.token + task.first, smaller(BLOCK, task.length - task.first), task.kv_head * group()};
     }
 };
 
@@ -63,9 +74,10 @@ template <class T> struct Forward : Attention<T> {
     }
 
     // Scores of `rows` queries become exponentials; the running maximum, sum and the factor of what was summed before.
+    // Sums are kept for each lane: (rows, LANES).
     template <bool MASKED>
     void softmax(float* scores, int64_t rows, int64_t columns, int64_t query, int64_t key, word* p, float* top,
-                 float* total, float* factor) const {
+                 float* total, float* factor, const Rows& now, const Rows& next, int64_t row) const {
         const vi lane = lanes();
         const float unit = this->unit();
         for (int64_t r = 0; r < rows; r++) {
@@ -74,39 +86,52 @@ template <class T> struct Forward : Attention<T> {
             vf highest = all(NEVER);
             for (int64_t c = 0; c < columns; c += LANES) {
                 vf v = this->capped(load(s + c, Whole{}));
-                if (MASKED) {
+                const bool cut = MASKED && (c + LANES - 1 > end || c < start);
+                if (cut) {
                     vi place = lane + int32_t(c);
                     v = (place <= end) & (place >= start) ? v : all(-__builtin_inff());
                 }
                 highest = max(highest, v);
-                if (MASKED || this->softcap > 0) store(s + c, v, Whole{});
+                if (cut || this->softcap > 0) store(s + c, v, Whole{});
             }
             const float m = larger(top[r], largest(highest) * unit);
-            factor[r] = exp2(all(top[r] - m))[0];
+            factor[r] = top[r] - m;
             top[r] = m;
-            vf sums = {};
+        }
+        for (int64_t r = 0; r < rows; r += LANES) store(factor + r, exp2(load(factor + r, Whole{})), Whole{});
+        for (int64_t r = 0; r < rows; r++) {
+            const float m = top[r];
+            const int64_t i = row + r;
+            if (i < now.count) prefetch(out + (now.token + i) * out_token + now.head * out_head, this->width);
+            if (i < next.count)
+                prefetch(this->q + (next.token + i) * this->q_token + next.head * this->q_head, this->width);
+            vf sums = load(total + r * LANES, Whole{}) * factor[r];
             for (int64_t c = 0; c < columns; c += LANES) {
-                vf e = exp2(load(s + c, Whole{}) * unit - m);
+                vf e = exp2(load(scores + r * BLOCK + c, Whole{}) * unit - m);
                 sums += e;
                 P::pack(p + (r * BLOCK + c) / P::STEP, e);
             }
-            total[r] = total[r] * factor[r] + ::sum(sums);
+            store(total + r * LANES, sums, Whole{});
         }
     }
 
-    static constexpr int64_t SCRATCH = BLOCK * BLOCK * 2 + 3 * BLOCK;  // beside q and o
+    static constexpr int64_t SCRATCH = BLOCK * BLOCK * 2 + (2 + LANES) * BLOCK;  // beside q and o
 
-    void run(const QueryBlock& block, const word* packed, float* scratch) const {
+    // `later`: what this thread probably works on next.
+    void run(const QueryBlock& block, const Rows& later, const word* packed, float* scratch) const {
         const int64_t wide = this->padded(), words = this->words(), group = this->group();
         const int64_t queries = smaller(BLOCK, block.length - block.first), padded_queries = round_up(queries, STRIP);
         float *scores = scratch, *o = scores + BLOCK * BLOCK, *top = o + BLOCK * wide, *total = top + BLOCK,
-              *factor = total + BLOCK;
+              *factor = total + BLOCK * LANES;
         word *p = (word*)(factor + BLOCK), *q = p + BLOCK * BLOCK;
         for (int64_t head = block.kv_head * group; head < (block.kv_head + 1) * group; head++) {
             const int64_t token = block.token + block.first;
             pack_rows<P>(this->q + token * this->q_token + head * this->q_head, this->q_token, queries, this->width,
                          padded_queries, wide, q);
-            for (int64_t r = 0; r < BLOCK; r++) top[r] = NEVER, total[r] = 0;
+            for (int64_t r = 0; r < BLOCK; r++) top[r] = NEVER;
+            __builtin_memset(total, 0, BLOCK * LANES * sizeof(float));
+            const Rows now{token, queries, head};
+            const Rows next = head + 1 < (block.kv_head + 1) * group ? Rows{token, queries, head + 1} : later;
             bool started = false;
             for (int64_t key = this->first_key(block.first) / BLOCK * BLOCK; key < block.first + queries; key += BLOCK) {
                 const int64_t keys = round_up(smaller(BLOCK, block.length - key), STRIP);
@@ -115,21 +140,23 @@ template <class T> struct Forward : Attention<T> {
                 const int64_t step = diagonal ? STRIP : padded_queries;
                 for (int64_t r = 0; r < padded_queries; r += step) {
                     const int64_t seen = diagonal ? r + STRIP : keys;
-                    product<P>(step, seen, words, q + r * words, words, kt, keys, scores, BLOCK, false);
+                    product<P>(step, seen, words, {q + r * words, words, 1}, kt, keys, scores, BLOCK, false);
                     const int64_t query = block.first + r;
+                    float* sums = total + r * LANES;
                     if (masked)
-                        softmax<true>(scores, step, seen, query, key, p, top + r, total + r, factor);
+                        softmax<true>(scores, step, seen, query, key, p, top + r, sums, factor, now, next, r);
                     else
-                        softmax<false>(scores, step, seen, query, key, p, top + r, total + r, factor);
-                    product<P>(step, wide, seen / P::STEP, p, BLOCK / P::STEP, v, wide, o + r * wide, wide, started, factor);
+                        softmax<false>(scores, step, seen, query, key, p, top + r, sums, factor, now, next, r);
+                    product<P>(step, wide, seen / P::STEP, {p, BLOCK / P::STEP, 1, diagonal ? LAST : NONE}, v, wide,
+                               o + r * wide, wide, started, factor);
                 }
                 started = true;
             }
             for (int64_t r = 0; r < queries; r++) {
                 T* to = out + (token + r) * out_token + head * out_head;
-                const float inverse = 1.f / total[r];
+                const float sum = ::sum(load(total + r * LANES, Whole{})), inverse = 1.f / sum;
                 each(this->width, [&](int64_t i, auto e) { store(to + i, load(o + r * wide + i, e) * inverse, e); });
-                lse[(token + r) * this->heads + head] = top[r] * LOG_2 + __builtin_logf(total[r]);
+                lse[(token + r) * this->heads + head] = top[r] * LOG_2 + __builtin_logf(sum);
             }
         }
     }
@@ -160,7 +187,8 @@ template <class T> struct Forward : Attention<T> {
         });
         parallel(threads, count, SCRATCH + 2 * BLOCK * wide, [&](int64_t i, float* scratch) {
             const QueryBlock& b = tasks.data[i];
-            run(b, packed.data + b.kv_head * head_words + words_of(b.packed), scratch);
+            const word* keys = packed.data + b.kv_head * head_words + words_of(b.packed);
+            run(b, this->first_rows(tasks, i + threads, count), keys, scratch);
         });
     }
 };
@@ -183,14 +211,13 @@ template <class T> struct Backward : Attention<T> {
 
     // What a thread works in. Of keys: all of the range; of queries: one block.
     struct Scratch {
-        word *k, *v, *k_transposed;                // A (keys, words), A (keys, words), A (padded, keys / STEP)
+        word *k_transposed, *v_transposed, *k;     // B (words, keys of a block) twice, B (keys / STEP, padded)
         float *grad_k, *grad_v;                    // (keys, padded)
-        word *rows;                                // a block as A
-        word *q_transposed, *grad_transposed;      // B (words, BLOCK)
-        word *q, *grad;                            // B (BLOCK / STEP, padded)
-        float *delta, *lse, *scores, *grad_scores; // (BLOCK), (BLOCK), (BLOCK keys, BLOCK queries)
-        word *p, *ds, *ds_columns;                 // A (keys, BLOCK / STEP) twice, B (keys / STEP, BLOCK)
-        float *grad_q, *turned;                    // (padded, BLOCK), (BLOCK, padded)
+        word *q, *grad;                            // A (BLOCK, words)
+        word *q_columns, *grad_columns;            // B (BLOCK / STEP, padded)
+        float *delta, *lse, *scores, *grad_scores; // (BLOCK), (BLOCK), (BLOCK queries, BLOCK keys) twice
+        word *ds, *ds_columns, *p_columns;         // A (BLOCK, BLOCK / STEP), B (BLOCK / STEP, BLOCK) twice
+        float* grad_q;                             // (BLOCK, padded)
 
         Scratch(float* memory, int64_t keys, int64_t wide, int64_t words, int64_t& size) {
             int64_t at = 0;
@@ -199,42 +226,48 @@ template <class T> struct Backward : Attention<T> {
                 at += round_up(count, 16);
                 return place;
             };
-            k = (word*)take(keys * words), v = (word*)take(keys * words);
-            k_transposed = (word*)take(wide * keys / P::STEP);
+            // Where a word is one number, A and B are the same.
+            auto columns = [&](word* rows, int64_t count) { return P::STEP == 1 ? rows : (word*)take(count); };
+            k_transposed = (word*)take(keys * words), v_transposed = (word*)take(keys * words);
+            k = (word*)take(keys * words);
             grad_k = take(keys * wide), grad_v = take(keys * wide);
-            rows = (word*)take(BLOCK * words);
-            q_transposed = (word*)take(BLOCK * words), grad_transposed = (word*)take(BLOCK * words);
             q = (word*)take(BLOCK * words), grad = (word*)take(BLOCK * words);
+            q_columns = columns(q, BLOCK * words), grad_columns = columns(grad, BLOCK * words);
             delta = take(BLOCK), lse = take(BLOCK), scores = take(BLOCK * BLOCK), grad_scores = take(BLOCK * BLOCK);
-            p = (word*)take(BLOCK * BLOCK / P::STEP), ds = (word*)take(BLOCK * BLOCK / P::STEP);
-            ds_columns = (word*)take(BLOCK * BLOCK / P::STEP);
-            grad_q = take(wide * BLOCK), turned = take(wide * BLOCK);
+            ds = (word*)take(BLOCK * BLOCK / P::STEP), ds_columns = columns(ds, BLOCK * BLOCK / P::STEP);
+            p_columns = (word*)take(BLOCK * BLOCK / P::STEP);
+            grad_q = take(BLOCK * wide);
             size = at;
         }
     };
 
     void pack_keys(const KeyRange& range, int64_t keys, Scratch& s) const {
         const int64_t token = range.token + range.first, count = range.last - range.first, wide = this->padded();
+        word *k = (word*)s.grad_k, *v = (word*)s.grad_v;  // there is room until sums start there
         pack_rows<P>(this->k + token * this->k_token + range.kv_head * this->k_head, this->k_token, count, this->width,
-                     keys, wide, s.k);
+                     keys, wide, k);
         pack_rows<P>(this->v + token * this->v_token + range.kv_head * this->v_head, this->v_token, count, this->width,
-                     keys, wide, s.v);
-        pack_columns<P>(s.k, keys, wide, (word*)s.grad_k);  // there is room until sums start there
-        transpose((const word*)s.grad_k, keys / P::STEP, wide, s.k_transposed, keys / P::STEP);
+                     keys, wide, v);
+        for (int64_t at = 0; at < keys; at += BLOCK) {
+            const int64_t size = smaller(BLOCK, keys - at), place = at * this->words();
+            transpose(k + place, size, this->words(), s.k_transposed + place, size);
+            transpose(v + place, size, this->words(), s.v_transposed + place, size);
+        }
+        pack_columns<P>(k, keys, wide, s.k);
         __builtin_memset(s.grad_k, 0, keys * wide * sizeof(float));
         __builtin_memset(s.grad_v, 0, keys * wide * sizeof(float));
     }
 
     void pack_queries(int64_t token, int64_t queries, int64_t head, Scratch& s) const {
-        const int64_t padded = round_up(queries, STRIP), wide = this->padded(), words = this->words();
+        const int64_t padded = round_up(queries, STRIP), wide = this->padded();
         const T *d = grad + token * grad_token + head * grad_head, *o = out + token * out_token + head * out_head;
         pack_rows<P>(this->q + token * this->q_token + head * this->q_head, this->q_token, queries, this->width, padded,
-                     wide, s.rows);
-        transpose(s.rows, padded, words, s.q_transposed, BLOCK);
-        pack_columns<P>(s.rows, padded, wide, s.q);
-        pack_rows<P>(d, grad_token, queries, this->width, padded, wide, s.rows);
-        transpose(s.rows, padded, words, s.grad_transposed, BLOCK);
-        pack_columns<P>(s.rows, padded, wide, s.grad);
+                     wide, s.q);
+        pack_rows<P>(d, grad_token, queries, this->width, padded, wide, s.grad);
+        if (P::STEP > 1) {
+            pack_columns<P>(s.q, padded, wide, s.q_columns);
+            pack_columns<P>(s.grad, padded, wide, s.grad_columns);
+        }
         for (int64_t r = 0; r < padded; r++) {
             vf total = {};
             prefetch(o + (r + AHEAD) * out_token, this->width);
@@ -248,62 +281,74 @@ template <class T> struct Backward : Attention<T> {
         }
     }
 
-    // Products of keys and queries, and of values and gradients, become probabilities and the gradient of the scores;
+    // Products of queries and keys, and of gradients and values, become probabilities and the gradient of the scores;
     // the gradients of queries and keys are multiplied by the scale at the end.
     template <bool MASKED>
-    void softmax(Scratch& s, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t query, int64_t key) const {
+    void softmax(Scratch& s, int64_t row, int64_t rows, int64_t columns, int64_t query, int64_t key, const Rows& now,
+                 const Rows& next) const {
         const vi lane = lanes();
         const float unit = this->unit();
-        for (int64_t r = row; r < row + rows; r += 2)
-            for (int64_t c = column; c < columns; c += LANES) {
-                const vf end = load(s.lse + c, Whole{}), delta = load(s.delta + c, Whole{});
-                vf ds[2];
+        for (int64_t r = row; r < row + rows; r += 2) {
+            for (int64_t i = r; i < r + 2; i++) {
+                if (i < now.count) prefetch(grad_q + (now.token + i) * gq_token + now.head * gq_head, this->width);
+                if (i >= next.count) continue;
+                const int64_t token = next.token + i;
+                prefetch(this->q + token * this->q_token + next.head * this->q_head, this->width);
+                prefetch(grad + token * grad_token + next.head * grad_head, this->width);
+                prefetch(out + token * out_token + next.head * out_head, this->width);
+            }
+            for (int64_t c = 0; c < columns; c += LANES) {
+                vf p[2], ds[2];
                 for (int64_t i = 0; i < 2; i++) {
                     const int64_t place = (r + i) * BLOCK + c;
-                    vf z = this->capped(load(s.scores + place, Whole{})), p = exp2(z * unit - end);
-                    if (MASKED) {
-                        vi behind = lane + int32_t(query + c - key - r - i);  // how far the query is behind the key
-                        vi seen = behind >= 0;
-                        if (this->window > 0) seen &= behind < int32_t(this->window);
-                        p = seen ? p : vf{};
+                    const int32_t end = int32_t(query + r + i - key);
+                    const int32_t start = int32_t(this->first_key(query + r + i) - key);
+                    vf z = this->capped(load(s.scores + place, Whole{}));
+                    p[i] = exp2(z * unit - s.lse[r + i]);
+                    if (MASKED && (c + LANES - 1 > end || c < start)) {
+                        const vi seen = lane + int32_t(c);
+                        p[i] = (seen <= end) & (seen >= start) ? p[i] : vf{};
                     }
-                    ds[i] = p * (load(s.grad_scores + place, Whole{}) - delta);
+                    ds[i] = p[i] * (load(s.grad_scores + place, Whole{}) - s.delta[r + i]);
                     if (this->softcap > 0) ds[i] *= 1.f - z * z;
-                    P::pack(s.p + place / P::STEP, p);
-                    P::pack(s.ds + place / P::STEP, ds[i]);
+                    if (P::STEP > 1) P::pack(s.ds + place / P::STEP, ds[i]);
                 }
+                P::pack_two(s.p_columns + r / P::STEP * BLOCK + c, BLOCK, p[0], p[1]);
                 P::pack_two(s.ds_columns + r / P::STEP * BLOCK + c, BLOCK, ds[0], ds[1]);
             }
+        }
     }
 
     // One block of keys, at `at` of the range, with one block of queries.
-    void tile(Scratch& s, int64_t keys_of_range, int64_t at, int64_t key, int64_t keys, int64_t query, int64_t queries,
-              bool started) const {
+    void tile(Scratch& s, int64_t at, int64_t key, int64_t keys, int64_t query, int64_t queries,
+              bool started, const Rows& now, const Rows& next) const {
         const int64_t wide = this->padded(), words = this->words(), row = BLOCK / P::STEP;
         const bool diagonal = key == query, masked = this->masked(query, queries, key, keys);
-        const int64_t step = diagonal ? STRIP : keys;
-        for (int64_t r = 0; r < keys; r += step) {
-            const int64_t from = diagonal ? r : 0, seen = queries - from, place = r * BLOCK + from;
-            product<P>(step, seen, words, s.k + (at + r) * words, words, s.q_transposed + from, BLOCK, s.scores + place,
-                       BLOCK, false);
-            product<P>(step, seen, words, s.v + (at + r) * words, words, s.grad_transposed + from, BLOCK,
-                       s.grad_scores + place, BLOCK, false);
+        int64_t step = diagonal ? STRIP : queries;
+        for (int64_t r = 0; r < queries; r += step) {
+            const int64_t seen = diagonal ? r + STRIP : keys;
+            product<P>(step, seen, words, {s.q + r * words, words, 1}, s.k_transposed + at * words, keys,
+                       s.scores + r * BLOCK, BLOCK, false);
+            product<P>(step, seen, words, {s.grad + r * words, words, 1}, s.v_transposed + at * words, keys,
+                       s.grad_scores + r * BLOCK, BLOCK, false);
             if (masked)
-                softmax<true>(s, r, step, from, queries, query, key);
+                softmax<true>(s, r, step, seen, query, key, now, next);
             else
-                softmax<false>(s, r, step, from, queries, query, key);
-            product<P>(step, wide, seen / P::STEP, s.p + place / P::STEP, row, s.grad + from / P::STEP * wide, wide,
-                       s.grad_v + (at + r) * wide, wide, true);
-            product<P>(step, wide, seen / P::STEP, s.ds + place / P::STEP, row, s.q + from / P::STEP * wide, wide,
-                       s.grad_k + (at + r) * wide, wide, true);
+                softmax<false>(s, r, step, seen, query, key, now, next);
+            product<P>(step, wide, seen / P::STEP, {s.ds + r * row, row, 1, diagonal ? LAST : NONE},
+                       s.k + at / P::STEP * wide, wide, s.grad_q + r * wide, wide, started);
         }
-        const int64_t columns = diagonal ? STRIP : queries;
-        for (int64_t c = 0; c < queries; c += columns)
-            product<P>(wide, columns, (diagonal ? c + STRIP : keys) / P::STEP, s.k_transposed + at / P::STEP,
-                       keys_of_range / P::STEP, s.ds_columns + c, BLOCK, s.grad_q + c, BLOCK, started);
+        step = diagonal ? STRIP : keys;
+        for (int64_t c = 0; c < keys; c += step) {  // strips, for what lies beyond them was not computed
+            const int64_t from = (diagonal ? c : 0) / P::STEP, count = queries / P::STEP - from, place = (at + c) * wide;
+            const Left p{s.p_columns + from * BLOCK + c, 1, BLOCK, diagonal ? FIRST : NONE};
+            const Left ds{s.ds_columns + from * BLOCK + c, 1, BLOCK, p.zeros};
+            product<P>(step, wide, count, p, s.grad_columns + from * wide, wide, s.grad_v + place, wide, true);
+            product<P>(step, wide, count, ds, s.q_columns + from * wide, wide, s.grad_k + place, wide, true);
+        }
     }
 
-    void run(const KeyRange& range, float* partial, float* memory) const {
+    void run(const KeyRange& range, const Rows& later, float* partial, float* memory) const {
         const int64_t wide = this->padded(), group = this->group(), keys = round_up(range.last - range.first, STRIP);
         int64_t size;
         Scratch s(memory, keys, wide, this->words(), size);
@@ -314,20 +359,24 @@ template <class T> struct Backward : Attention<T> {
             for (int64_t query = range.first; query < range.length; query += BLOCK) {
                 const int64_t queries = smaller(BLOCK, range.length - query), token = range.token + query;
                 const int64_t padded = round_up(queries, STRIP);
+                const bool more = query + BLOCK < range.length;
+                const int64_t then = more ? query + BLOCK : range.first;
+                const Rows next = more || head + 1 < (range.kv_head + 1) * group
+                                      ? Rows{range.token + then, smaller(BLOCK, range.length - then), head + !more}
+                                      : later;
                 bool started = false;
                 if (query < end) {
                     pack_queries(token, queries, head, s);
                     const int64_t seen = larger(range.first, this->first_key(query) / BLOCK * BLOCK);
                     for (int64_t key = seen; key < smaller(query + queries, range.last); key += BLOCK) {
-                        tile(s, keys, key - range.first, key, smaller(BLOCK, round_up(range.length - key, STRIP)), query,
-                             padded, started);
+                        tile(s, key - range.first, key, smaller(BLOCK, round_up(range.length - key, STRIP)), query,
+                             padded, started, {token, queries, head}, next);
                         started = true;
                     }
                 }
-                if (!started) __builtin_memset(s.grad_q, 0, wide * BLOCK * sizeof(float));
-                transpose((const word*)s.grad_q, wide, BLOCK, (word*)s.turned, wide);
+                if (!started) __builtin_memset(s.grad_q, 0, BLOCK * wide * sizeof(float));
                 for (int64_t r = 0; r < queries; r++) {
-                    const float* from = s.turned + r * wide;
+                    const float* from = s.grad_q + r * wide;
                     if (range.partial < 0)
                         copy(from, this->scale, grad_q + (token + r) * gq_token + head * gq_head);
                     else
@@ -336,8 +385,12 @@ template <class T> struct Backward : Attention<T> {
             }
         for (int64_t r = 0; r < range.last - range.first; r++) {
             const int64_t token = range.token + range.first + r;
-            copy(s.grad_k + r * wide, this->scale, grad_k + token * gk_token + range.kv_head * gk_head);
-            copy(s.grad_v + r * wide, 1.f, grad_v + token * gv_token + range.kv_head * gv_head);
+            T* to_k = grad_k + token * gk_token + range.kv_head * gk_head;
+            T* to_v = grad_v + token * gv_token + range.kv_head * gv_head;
+            prefetch(to_k + AHEAD * gk_token, this->width);
+            prefetch(to_v + AHEAD * gv_token, this->width);
+            copy(s.grad_k + r * wide, this->scale, to_k);
+            copy(s.grad_v + r * wide, 1.f, to_v);
         }
     }
 
@@ -382,7 +435,9 @@ template <class T> struct Backward : Attention<T> {
         int64_t scratch;
         Scratch(nullptr, longest, this->padded(), this->words(), scratch);
         Buffer<float> partial(partials);
-        parallel(threads, count, scratch, [&](int64_t i, float* memory) { run(tasks.data[i], partial.data, memory); });
+        parallel(threads, count, scratch, [&](int64_t i, float* memory) {
+            run(tasks.data[i], this->first_rows(tasks, i + threads, count), partial.data, memory);
+        });
         parallel(threads, split, [&](int64_t i) {
             gather(long_segments.data[i], long_segments.data[i].kv_head, partial.data);
         });

@@ -1,8 +1,9 @@
 // Products of small matrices for attention, and the layouts that they read.
 //
 // Matrices are made of words of 32 bits: one float32, or two neighbours in the summed direction as bfloat16, for which
-// there is an instruction that multiplies and adds pairs. A is read along its rows, B down its columns:
+// there is an instruction that multiplies and adds pairs. A is read word by word, B in vectors along its rows:
 //     C (m, n) = sum over k words of A (m, k) B (k, n)
+// So what is packed as B serves as A of the transposed matrix, too.
 #pragma once
 #include "vectors.hpp"
 
@@ -55,9 +56,19 @@ constexpr int MOST_COLUMNS = 4;  // vectors: 6 x 4 sums, 4 of B and one of A fil
 constexpr int MOST_COLUMNS = 2;  // of 16 registers
 #endif
 
+// Where A has zeros: beyond the diagonal that ends in its last corner, or before the one that starts in its first.
+enum Zeros { NONE, LAST, FIRST };
+
+// A: word l of row i is at[i * row + l * next].
+struct Left {
+    const word* at;
+    int64_t row, next;
+    Zeros zeros = NONE;
+};
+
 // M rows and N vectors of C. Where `start` is 0 the sums start at zero, otherwise at C, its rows times `scale` if given.
 template <class P, int M, int N>
-void product_tile(int64_t k, const word* a, int64_t a_row, const word* b, int64_t b_row, float* c, int64_t c_row,
+void product_tile(int64_t k, Left a, const word* b, int64_t b_row, float* c, int64_t c_row,
                   bool start, const float* scale) {
     vf sum[M][N];
     for (int i = 0; i < M; i++)
@@ -70,7 +81,7 @@ void product_tile(int64_t k, const word* a, int64_t a_row, const word* b, int64_
         vf columns[N];
         for (int j = 0; j < N; j++) columns[j] = load((const float*)(b + l * b_row) + j * LANES, Whole{});
         for (int i = 0; i < M; i++) {
-            vf row = all_words(a[i * a_row + l]);
+            vf row = all_words(a.at[i * a.row + l * a.next]);
             for (int j = 0; j < N; j++) sum[i][j] = P::add_product(sum[i][j], row, columns[j]);
         }
     }
@@ -79,39 +90,39 @@ void product_tile(int64_t k, const word* a, int64_t a_row, const word* b, int64_
 }
 
 template <class P, int N>
-void product_columns(int64_t m, int64_t k, const word* a, int64_t a_row, const word* b, int64_t b_row, float* c,
-                     int64_t c_row, bool start, const float* scale) {
-    for (int64_t i = 0; i < m;) {
-        const word* rows = a + i * a_row;
+void product_columns(int64_t m, int64_t k, Left a, const word* b, int64_t b_row, float* c, int64_t c_row, bool start,
+                     const float* scale) {
+    for (int64_t i = 0, count; i < m; i += count) {
+        count = m - i >= 6 ? 6 : m - i >= 4 ? 4 : 2;
+        const int64_t skip = a.zeros == FIRST ? i / P::STEP : 0;
+        const int64_t length = k - skip - (a.zeros == LAST ? (m - i - count) / P::STEP : 0);
+        const Left rows{a.at + i * a.row + skip * a.next, a.row, a.next};
+        const word* columns = b + skip * b_row;
         float* to = c + i * c_row;
         const float* by = scale ? scale + i : nullptr;
-        if (m - i >= 6) {
-            product_tile<P, 6, N>(k, rows, a_row, b, b_row, to, c_row, start, by);
-            i += 6;
-        } else if (m - i >= 4) {
-            product_tile<P, 4, N>(k, rows, a_row, b, b_row, to, c_row, start, by);
-            i += 4;
-        } else {
-            product_tile<P, 2, N>(k, rows, a_row, b, b_row, to, c_row, start, by);
-            i += 2;
-        }
+        if (count == 6)
+            product_tile<P, 6, N>(length, rows, columns, b_row, to, c_row, start, by);
+        else if (count == 4)
+            product_tile<P, 4, N>(length, rows, columns, b_row, to, c_row, start, by);
+        else
+            product_tile<P, 2, N>(length, rows, columns, b_row, to, c_row, start, by);
     }
 }
 
 // C (m, n) = A (m, k) B (k, n), added to C (its rows times `scale`, if given) where `start`. m even, n a multiple of
 // LANES, k in words.
 template <class P>
-void product(int64_t m, int64_t n, int64_t k, const word* a, int64_t a_row, const word* b, int64_t b_row, float* c,
-             int64_t c_row, bool start, const float* scale = nullptr) {
+void product(int64_t m, int64_t n, int64_t k, Left a, const word* b, int64_t b_row, float* c, int64_t c_row, bool start,
+             const float* scale = nullptr) {
     int64_t vectors = n / LANES, j = 0;
     for (; vectors - j >= MOST_COLUMNS; j += MOST_COLUMNS)
-        product_columns<P, MOST_COLUMNS>(m, k, a, a_row, b + j * LANES, b_row, c + j * LANES, c_row, start, scale);
+        product_columns<P, MOST_COLUMNS>(m, k, a, b + j * LANES, b_row, c + j * LANES, c_row, start, scale);
     if (MOST_COLUMNS > 2 && vectors - j >= 2) {
-        product_columns<P, 2>(m, k, a, a_row, b + j * LANES, b_row, c + j * LANES, c_row, start, scale);
+        product_columns<P, 2>(m, k, a, b + j * LANES, b_row, c + j * LANES, c_row, start, scale);
         j += 2;
     }
     if (vectors - j >= 1)
-        product_columns<P, 1>(m, k, a, a_row, b + j * LANES, b_row, c + j * LANES, c_row, start, scale);
+        product_columns<P, 1>(m, k, a, b + j * LANES, b_row, c + j * LANES, c_row, start, scale);
 }
 
 constexpr int64_t AHEAD = 12;  // rows
@@ -174,9 +185,13 @@ template <class P> void pack_columns(const word* from, int64_t rows, int64_t col
     }
     const bf16* x = (const bf16*)from;
     for (int64_t r = 0; r < rows; r += 2)
-        for (int64_t c = 0; c < columns; c += LANES)
-            P::pack_two(to + r / 2 * columns + c, columns, load(x + r * columns + c, Whole{}),
-                        load(x + (r + 1) * columns + c, Whole{}));
+        for (int64_t c = 0; c < columns; c += LANES) {
+            vh above, below;
+            __builtin_memcpy(&above, x + r * columns + c, sizeof above);
+            __builtin_memcpy(&below, x + (r + 1) * columns + c, sizeof below);
+            const vu pair = low_half(above) | low_half(below) << 16;
+            __builtin_memcpy(to + r / 2 * columns + c, &pair, sizeof pair);
+        }
 }
 
 }  // namespace

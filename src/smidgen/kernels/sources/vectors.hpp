@@ -132,19 +132,25 @@ inline vf keep(vf v, Part extent, float other) {
     return v;
 }
 
-template <int N, class Fold> inline float fold(const float* v, Fold f) {
-    float half[N / 2];
-    for (int i = 0; i < N / 2; i++) half[i] = f(v[i], v[i + N / 2]);
-    if constexpr (N == 2)
-        return half[0];
+// f over all lanes: of each and the one LANES / 2 away, then LANES / 4...
+template <int AWAY = LANES / 2, class Fold> inline float fold(vf v, Fold f) {
+#if defined(__clang__)
+    vf other;
+    for (int i = 0; i < LANES; i++) other[i] = v[i ^ AWAY];
+#else
+    const vf other = __builtin_shuffle(v, lanes() ^ AWAY);  // GCC makes no shuffle of the loop
+#endif
+    v = f(v, other);
+    if constexpr (AWAY == 1)
+        return v[0];
     else
-        return fold<N / 2>(half, f);
+        return fold<AWAY / 2>(v, f);
 }
 inline float sum(vf v) {
-    return fold<LANES>((const float*)&v, [](float a, float b) { return a + b; });
+    return fold(v, [](vf a, vf b) { return a + b; });
 }
 inline float largest(vf v) {
-    return fold<LANES>((const float*)&v, [](float a, float b) { return a > b ? a : b; });
+    return fold(v, [](vf a, vf b) { return max(a, b); });
 }
 
 // e^x within 2 units in the last place; 0 below -87.3, where float32 ends.
@@ -167,10 +173,10 @@ inline vf exp(vf x) {
     return x < low ? vf{} : p * power;
 }
 
-// 2^x for x up to 0, within 2 units in the last place; 0 below -126 (coefficients: Cephes, exp2f).
+// 2^x for x up to 0, within 2 units in the last place; 0 below -126.5 (coefficients: Cephes, exp2f).
 inline vf exp2(vf x) {
     const float magic = 12582912.f;
-    vf y = max(x, all(-126.f));
+    vf y = max(all(-127.f), x);  // a NaN stays one
     vf shifted = y + magic;
     vf r = y - (shifted - magic);
     vf p = all(1.535336188e-4f);
@@ -181,7 +187,7 @@ inline vf exp2(vf x) {
     p = p * r + 6.931472029e-1f;
     p = p * r + 1.f;
     vf power = bits<vf>((bits<vi>(shifted) - 0x4B400000 + 127) << 23);
-    return x < -126.f ? vf{} : p * power;
+    return p * power;  // of -127: 0
 }
 
 inline vf sigmoid(vf x) { return 1.f / (1.f + exp(-x)); }
