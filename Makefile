@@ -2,6 +2,7 @@
 #   make quickstart    train a small model on the data in this repository, and show what was gained
 #   make test          everything that has to hold
 #   make test-slow     what takes longer
+#   make sanitize      the native code on odd shapes, watched by the compiler's sanitizers
 # PYTHON=python3.12 picks the interpreter. On Linux PyPI's torch brings several gigabytes for GPUs; without a GPU,
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches the small build.
 
@@ -11,7 +12,7 @@ TORCH_INDEX =
 # Compiling every installed module would take longer than the whole installation; Python compiles what it imports.
 PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test test-slow clean
+.PHONY: quickstart test test-slow sanitize clean
 
 quickstart:
 	@begin=$$(date +%s) && $(MAKE) --no-print-directory .venv/ready && ready=$$(date +%s) \
@@ -28,6 +29,9 @@ test:
 
 test-slow: .venv-test/ready .venv-test/oldest/ready
 	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n 2 -m slow --quiet
+
+sanitize: .venv-test/ready
+	OMP_NUM_THREADS=2 .venv-test/bin/python tests/kernels/sanitize.py
 
 .venv-test/ready: EXTRAS = [test,track]
 

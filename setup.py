@@ -21,6 +21,7 @@ SOURCES = Path("src/smidgen/kernels/sources")
 ONCE = "threads.cpp"
 BASE = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 BASE += ["-Wno-maybe-uninitialized"]  # which GCC 12 says of its own intrinsics
+STRIPPED = [] if "-g" in os.environ.get("CFLAGS", "").split() else ["-s"]  # debugging needs the symbols
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86 = {"generic": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
@@ -54,7 +55,9 @@ class BuildKernels(build_ext):
         objects += self._compile([str(SOURCES / ONCE)], "once", [*BASE, *known])
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, str(library), extra_postargs=["-pthread", "-s"], target_lang="c++")
+        self.compiler.link_shared_object(
+            objects, str(library), extra_postargs=["-pthread", *STRIPPED], target_lang="c++"
+        )
 
     def _compile(self, sources: list[str], name: str, flags: list[str]) -> list[str]:
         return self.compiler.compile(sources, output_dir=str(Path(self.build_temp) / name), extra_postargs=flags)

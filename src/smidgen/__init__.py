@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smidgen.adapters.config import PeftConfig, TaskType
     from smidgen.adapters.methods.lora import LoraConfig
+    from smidgen.models.fuse import fuse, unfuse
     from smidgen.models.peft_model import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -37,7 +38,9 @@ _HOMES = {
     "AutoPeftModelForSequenceClassification": "smidgen.models.peft_model",
     "AutoPeftModelForTokenClassification": "smidgen.models.peft_model",
     "PeftModel": "smidgen.models.peft_model",
+    "fuse": "smidgen.models.fuse",
     "get_peft_model": "smidgen.models.peft_model",
+    "unfuse": "smidgen.models.fuse",
 }
 
 __all__ = [  # the keys of _HOMES, written out because type checkers read this list and cannot compute it
@@ -53,7 +56,9 @@ __all__ = [  # the keys of _HOMES, written out because type checkers read this l
     "PeftModel",
     "TaskType",
     "__version__",
+    "fuse",
     "get_peft_model",
+    "unfuse",
 ]
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 
+import smidgen
 from smidgen import LoraConfig, get_peft_model, kernels
 from smidgen.data.packing import IGNORED, Batch
+from smidgen.errors import UsageError
 from smidgen.models import fuse
 from smidgen.models.fuse import fused
-from smidgen.models.scores import segments, token_losses
+from smidgen.models.fused_modules import FusedModule
+from smidgen.models.scores import token_losses
 from tests.conftest import TINY, perturb, tiny_gpt2, tiny_llama
 
-pytestmark = pytest.mark.skipif(kernels.available()[0] == "reference", reason="the kernels are not built here")
+pytestmark = pytest.mark.skipif(kernels.instruction_set() == "reference", reason="no kernels: not built, or not wanted")
 
 
 def of_kind(name: str, config: str = "", **options: Any) -> Callable[[], Any]:
@@ -32,7 +38,7 @@ def of_kind(name: str, config: str = "", **options: Any) -> Callable[[], Any]:
 
 KINDS: dict[str, tuple[Callable[[], Any], str]] = {
     "llama": (tiny_llama, "2 whole blocks, 5 norms, 2 feed-forward layers, attention, cross-entropy"),
-    "gpt2": (tiny_gpt2, "0 norms, 0 feed-forward layers, attention, cross-entropy"),
+    "gpt2": (tiny_gpt2, "2 activations, attention, cross-entropy"),
     "qwen2": (of_kind("Qwen2"), "2 whole blocks, 5 norms, 2 feed-forward layers, attention, cross-entropy"),
     "qwen3": (of_kind("Qwen3"), "2 whole blocks, 9 norms, 2 feed-forward layers, attention, cross-entropy"),
     "mistral": (
@@ -42,13 +48,15 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
     "gemma": (of_kind("Gemma"), "2 whole blocks, 5 norms, 2 feed-forward layers, attention, cross-entropy"),
     "gemma2": (
         of_kind("Gemma2", sliding_window=6, query_pre_attn_scalar=8),
-        "2 whole blocks, 9 norms, 2 feed-forward layers",
+        "2 whole blocks, 9 norms, 2 feed-forward layers, attention, cross-entropy",
     ),
     "gemma3": (
         of_kind("Gemma3", "Gemma3TextConfig", sliding_window=6, query_pre_attn_scalar=8),
         "2 whole blocks, 13 norms, 2 feed-forward layers, attention, cross-entropy",
     ),
-    "phi3": (of_kind("Phi3"), "2 whole blocks, 5 norms, 0 feed-forward layers, attention, cross-entropy"),
+    "phi3": (of_kind("Phi3"), "2 whole blocks, 5 norms, 2 feed-forward layers, attention, cross-entropy"),
+    "stablelm": (of_kind("StableLm"), "2 feed-forward layers, attention, cross-entropy"),
+    "gpt_neox": (of_kind("GPTNeoX", num_key_value_heads=4), "attention, cross-entropy"),
 }
 
 
@@ -138,7 +146,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_model_itself(monkeypatch):
 
 def apart(monkeypatch) -> None:
     """Without whole blocks."""
-    monkeypatch.setattr(fuse, "FusedBlock", lambda *parts: {}["no"])
+    monkeypatch.setattr(fuse, "_take_over_blocks", lambda model: 0)
 
 
 BLOCKS = {
@@ -257,7 +265,7 @@ def test_what_the_kernels_do_not_reproduce_stays(monkeypatch):
     model, said = adapted(tiny_llama), []
     monkeypatch.setattr(kernels, "rms_norm", lambda x, *how: x * 1.01)
     with fused(model, say=said.append):
-        assert "0 norms, 2 feed-forward" in said[0]
+        assert "norms" not in said[0] and "2 feed-forward layers" in said[0]
 
 
 def test_attention_that_drops_weights_stays_the_models_own():
@@ -287,6 +295,105 @@ def test_plain_pytorch_can_be_asked_for(monkeypatch):
     kernels.forget()
 
 
-def test_segments_are_rows_and_padding():
-    assert segments(padded()).tolist() == [0, 14, 23, 28, 39, 42]
-    assert segments(packed()).tolist() == [0, 13, 14, 30]
+# ---- in a loop of one's own ----
+
+
+def peft_model() -> Any:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    return peft.get_peft_model(tiny_llama(), config)
+
+
+MADE: dict[str, Callable[[], Any]] = {
+    "plain": tiny_llama,
+    "peft": peft_model,
+    "smidgen": lambda: adapted(tiny_llama),
+    "decoder": lambda: tiny_llama().model,
+}
+
+
+def answers(model: Any) -> list[torch.Tensor]:
+    """The answer to padded rows where there is no padding, and the gradients of a random sum of it."""
+    batch = padded()
+    assert batch.attention_mask is not None
+    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    answer = out[0][batch.attention_mask.bool()]
+    model.zero_grad()
+    (answer * torch.randn(answer.shape, generator=torch.Generator().manual_seed(0))).mean().backward()
+    return [answer.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_any_model_may_be_fused_for_good(name):
+    model, said = MADE[name](), []
+    expected, classes = answers(model), [type(module) for module in model.modules()]
+    for _ in range(2):  # the second time it is as the first
+        smidgen.fuse(model, say=said.append)
+        assert "5 norms, 2 feed-forward layers, attention" in said[-1]
+        assert ("2 whole blocks" in said[-1]) == (name != "peft")  # whose layers are called one by one
+    for found, tensor in zip(answers(model), expected, strict=True):
+        assert (found - tensor).norm() < 1e-4 * tensor.norm()
+    smidgen.unfuse(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert all(map(torch.equal, answers(model), expected))
+
+
+def test_a_copy_is_fused_and_undone_on_its_own():
+    model: Any = tiny_llama()
+    smidgen.fuse(model, say=lambda line: None)
+    other = copy.deepcopy(model)
+    smidgen.unfuse(model)
+    assert model.config._attn_implementation == "sdpa" != other.config._attn_implementation
+    assert isinstance(other.model.norm, FusedModule) and not isinstance(model.model.norm, FusedModule)
+    assert torch.allclose(answers(model)[0], answers(other)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_is_saved_does_not_tell_of_kernels(trained, tmp_path):
+    model: Any = tiny_llama().requires_grad_(trained)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    smidgen.fuse(model, say=lambda line: None)
+    model.save_pretrained(tmp_path)
+    assert all(b"smidgen" not in file.read_bytes() for file in tmp_path.iterdir())
+    saved = transformers.LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
+
+
+def test_a_fused_model_may_change_and_answer_in_another_thread():
+    model: Any = tiny_llama()
+    smidgen.fuse(model, say=lambda line: None)
+    model.resize_token_embeddings(50)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", modules_to_save=["norm", "lm_head"]))
+    perturb(model)
+    found: dict[str, torch.Tensor] = {}
+    thread = threading.Thread(target=lambda: found.update(results(model, padded())))
+    thread.start()
+    thread.join()
+    smidgen.unfuse(model)
+    expected = results(model, padded())
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).float().norm() <= 1e-4 * tensor.float().norm(), name
+
+
+def test_there_must_be_a_model():
+    with pytest.raises(UsageError, match="no model of transformers in this Linear"):
+        smidgen.fuse(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+def test_trainer_learns_the_same(tmp_path):
+    rows: Any = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 48, (8, 12)).tolist()]
+    losses = []
+    for fuses in (False, True):
+        model = peft_model()
+        if fuses:
+            smidgen.fuse(model, say=lambda line: None)
+        options = {"max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-2}
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), report_to=[], save_strategy="no", use_cpu=True, **options
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -6,12 +6,11 @@ call of the model itself, and so is the input that it is tried on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from smidgen.adapters.attach import is_low_rank, linear_of
 from smidgen.kernels.attention import Scores
@@ -20,8 +19,10 @@ from smidgen.kernels.gated import Activation
 from smidgen.kernels.lora import Linear
 from smidgen.kernels.native import autocast
 from smidgen.kernels.norms import Norm
+from smidgen.models.attention import Segments
+from smidgen.models.fused_modules import activation_of
+from smidgen.models.scores import intercepted
 
-ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 # What a call may carry without changing the answer of a layer that keeps no cache.
 _WITHOUT_EFFECT = {"attention_mask", "position_embeddings", "position_ids", "use_cache", "cache_position"}
 
@@ -96,16 +97,16 @@ class FusedBlock:
         found = _children(layer)
         attention, mlp = found.pop("self_attn"), found.pop("mlp")
         has_four = "pre_feedforward_layernorm" in found
-        self.norm = _norm(found.pop("input_layernorm"))
-        after = _norm(found.pop("post_attention_layernorm"))
+        self.norm = _Norm(found.pop("input_layernorm"))
+        after = _Norm(found.pop("post_attention_layernorm"))
         self.norm_after = after if has_four else None
-        self.mlp_norm = _norm(found.pop("pre_feedforward_layernorm")) if has_four else after
-        self.mlp_norm_after = _norm(found.pop("post_feedforward_layernorm")) if has_four else None
+        self.mlp_norm = _Norm(found.pop("pre_feedforward_layernorm")) if has_four else after
+        self.mlp_norm_after = _Norm(found.pop("post_feedforward_layernorm")) if has_four else None
 
         inside = _children(attention)
         heads = ("qkv_proj",) if "qkv_proj" in inside else ("q_proj", "k_proj", "v_proj")
         self.heads, self.mix = Products(attention, heads), inside.pop("o_proj")
-        self.head_norms = [_norm(inside.pop(name)) if name in inside else None for name in ("q_norm", "k_norm")]
+        self.head_norms = [_Norm(inside.pop(name)) if name in inside else None for name in ("q_norm", "k_norm")]
         self.scores, self.width = scores[attention], attention.head_dim
         self.kv_heads = (self.heads.outputs() - self.mix.weight.shape[1]) // (2 * self.width)
 
@@ -115,12 +116,14 @@ class FusedBlock:
         rest = {*found, *(inside.keys() - {*heads}), *(around.keys() - {*gates})}
         if len(rest) != 1:
             raise LookupError(f"parts of another kind: {', '.join(sorted(rest))}")
-        act = type(around[rest.pop()])
-        known: dict[type, Any] = {type(ACT2FN[name]): ours for name, ours in ACTIVATIONS.items()}
-        if act not in known:
-            raise LookupError(f"another activation: {act.__name__}")
-        self.activation = known[act]
+        act = around[rest.pop()]
+        if (known := activation_of(act)) is None:
+            raise LookupError(f"another activation: {type(act).__name__}")
+        self.activation: Activation = known
         self.below = [module for child in layer.children() for module in child.modules()]
+        self.products = {*self.heads.modules, self.mix, *self.gates.modules, self.mlp_mix}
+        if self._parts() is None:
+            raise LookupError("layers that are more than products")
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         parts = None if args or not self._may(kwargs) else self._parts()
@@ -129,7 +132,7 @@ class FusedBlock:
             return self.own(self.layer, hidden_states, *args, **kwargs)
         frugal = self.layer.training and getattr(self.layer, "gradient_checkpointing", False)
         cos, sin = (self._angles(table, hidden_states) for table in kwargs["position_embeddings"])
-        where = Where(kwargs["attention_mask"].long(), cos, sin)
+        where = Where(kwargs["attention_mask"].offsets, cos, sin)
         between = add_attention(x, parts[0], where, frugal)
         return add_feed_forward(between, parts[1], frugal)
 
@@ -139,13 +142,15 @@ class FusedBlock:
         asked = any(
             value is not None and value is not False for name, value in kwargs.items() if name not in _WITHOUT_EFFECT
         )
-        if asked or not isinstance(segments, Tensor) or segments.dim() != 1 or "position_embeddings" not in kwargs:
+        known = isinstance(segments, Segments) and segments.window == self.scores.window
+        if asked or not known or "position_embeddings" not in kwargs:
             return False
-        return not any(_hooked(module) for module in self.below)
+        return not any(map(intercepted, self.below))
 
     def _parts(self) -> tuple[Attention, FeedForward] | None:
         """The halves with their tensors of this call; None where an adapter is more than a low-rank update."""
-        if not all(map(is_low_rank, (*self.heads.modules, self.mix, *self.gates.modules, self.mlp_mix))):
+        adapted = any(hasattr(module, "adapters") for module in self.below if module not in self.products)
+        if adapted or not all(map(is_low_rank, self.products)):
             return None
         query_norm, key_norm = (norm and norm() for norm in self.head_norms)
         attention = Attention(
@@ -193,12 +198,13 @@ def _children(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _norm(module: Any) -> Callable[[], Norm]:
-    if not hasattr(module, "how"):
-        raise LookupError("a norm that is no kernel")
-    return lambda: Norm(module.weight, None, *module.how)
+class _Norm:
+    """The norm of a module, with its weight of now."""
 
+    def __init__(self, module: Any):
+        if not hasattr(module, "how"):
+            raise LookupError("a norm that is no kernel")
+        self.module = module
 
-def _hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    def __call__(self) -> Norm:
+        return Norm(self.module.weight, None, *self.module.how)

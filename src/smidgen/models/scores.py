@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +17,16 @@ from smidgen.losses.lm import token_cross_entropy
 
 @dataclass(frozen=True)
 class Head:
-    """The last layer of a model, from hidden states to logits: z = scale layer(h), or softcap tanh(z / softcap)."""
+    """What follows the last layer of a model: z = scale layer(h), or softcap tanh(z / softcap)."""
 
-    layer: nn.Linear
     softcap: float | None
     scale: float
 
 
 # The attribute of a model, set by `models.fuse`, whose losses may be computed from hidden states in chunks.
 HEAD = "fused_head"
-# Where the rows of the batch in hand begin and end, for the kernel's attention.
-SEGMENTS: ContextVar[torch.Tensor | None] = ContextVar("segments", default=None)
+# Where a module keeps what was registered around its calls.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,33 +49,32 @@ def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids
     indices = row_indices(batch)[:, 1:][follows]
-    token = SEGMENTS.set(segments(batch) if batch.input_ids.device.type == "cpu" else None)
-    try:
-        if head := vars(model).get(HEAD):
-            hidden = model.get_decoder()(**inputs).last_hidden_state[rows, columns]
-            weight, bias = head.layer.weight, head.layer.bias
-            options = {"softcap": head.softcap, "logit_scale": head.scale}
-            return linear_cross_entropy(hidden, weight, targets, bias, **options), indices
-        if takes(model, "logits_to_keep"):
-            kept = columns.unique()
-            inputs["logits_to_keep"] = kept
-            columns = torch.searchsorted(kept, columns)
-        logits = model(**inputs).logits
-    finally:
-        SEGMENTS.reset(token)
+    if head := _head(model):
+        hidden = model.get_decoder()(**inputs).last_hidden_state[rows, columns]
+        layer = model.get_output_embeddings()
+        options = {"softcap": head.softcap, "logit_scale": head.scale}
+        return linear_cross_entropy(hidden, layer.weight, targets, layer.bias, **options), indices
+    if takes(model, "logits_to_keep"):
+        kept = columns.unique()
+        inputs["logits_to_keep"] = kept
+        columns = torch.searchsorted(kept, columns)
+    logits = model(**inputs).logits
     return token_cross_entropy(logits[rows, columns], targets), indices
 
 
-def segments(batch: Batch) -> torch.Tensor:
-    """(S + 1,) int64: where rows begin and end among the B T tokens of a batch; padding is a segment of its own."""
-    rows, length = batch.input_ids.shape
-    if batch.position_ids is not None:
-        starts = (batch.position_ids == 0).flatten().nonzero().flatten()
-    else:
-        starts = torch.arange(rows) * length
-        if batch.attention_mask is not None:
-            starts = torch.cat([starts, starts + batch.attention_mask.sum(1)]).unique()
-    return torch.cat([starts[starts < rows * length], torch.tensor([rows * length])])
+def _head(model: Any) -> Head | None:
+    """How the answer of the last layer becomes logits, if losses may be taken from what enters that layer."""
+    head = vars(model).get(HEAD)
+    if head is None or hasattr(model, "adapters"):  # an adapter around the whole model
+        return None
+    layer = model.get_output_embeddings()
+    return head if type(layer) is nn.Linear and not intercepted(layer) and not intercepted(model) else None
+
+
+def intercepted(module: nn.Module) -> bool:
+    """Whether others stand around the calls of a module: hooks, a forward of the instance, a compiled form."""
+    parts = vars(module)
+    return "forward" in parts or module._compiled_call_impl is not None or any(parts[name] for name in HOOKS)
 
 
 @torch.no_grad()
