@@ -31,9 +31,9 @@ def held(device: torch.device) -> int:
 def give_back() -> None:
     """Return memory that earlier runs of this process have freed to the system, and keep what this run frees.
 
-    GNU's allocator keeps freed pieces, and what many runs leave behind adds up; others return them by themselves. Within
-    a run it would return the activations of each step and fetch them again, a page at a time: 105,000 page faults a
-    step of a model of 135M parameters, a twentieth of the time.
+    GNU's allocator keeps freed pieces, and what many runs leave behind adds up; others return them by themselves.
+    Within a run it would return the activations of each step and fetch them again, a page at a time: 105,000 page
+    faults a step of a model of 135M parameters, a twentieth of the time.
     """
     gc.collect()
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
