@@ -14,7 +14,7 @@ SOURCE = Path(smidgen.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 FLOORS = {
-    **dict.fromkeys("errors foreign safetensors_header proofs drafts registry checking".split(), 0),
+    **dict.fromkeys("errors foreign safetensors_header proofs drafts registry checking threads".split(), 0),
     **dict.fromkeys(("llamafactory_keys", "llamafactory", "recipe"), 0),
     **dict.fromkeys(("losses", "quant", "kernels"), 1),
     **dict.fromkeys(("adapters", "data"), 2),

@@ -24,6 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from smidgen import threads
 from smidgen.adapters.methods.lora import LoraConfig
 from smidgen.errors import TrainingStopped, UsageError
 from smidgen.models.peft_model import get_peft_model
@@ -180,7 +181,7 @@ def test_all_scenes_end_and_a_process_that_fails_ends_all_with_its_code_and_one_
     folder, code, lines = acted
     assert errors(folder) == ["", "error: the second process fails\n"]
     assert code == 3
-    assert lines == [f"processes: 2, 1 threads each ({launch._cores()} cores)"]
+    assert lines == [f"processes: 2, 1 threads each ({threads.processors()})"]
 
 
 def test_who_they_are_is_told(acted):
@@ -294,7 +295,7 @@ def test_ctrl_c_reaches_every_process_once_and_is_waited_for(tmp_path):
 
 
 def test_threads_are_shared_out_unless_they_are_set(monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "_cores", lambda: 7)
+    monkeypatch.setattr(threads, "processors", lambda: threads.Processors(14, 7, None))
     lines: list[str] = []
     program = "import os, sys; open(sys.argv[1] + os.environ['RANK'], 'w').write(os.environ['OMP_NUM_THREADS'])"
     for value in (None, "5"):

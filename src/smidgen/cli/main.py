@@ -18,9 +18,10 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import smidgen
+from smidgen import threads
 from smidgen.errors import SmidgenError, did_you_mean
 
-COMMANDS = ("train", "check", "evaluate", "chat", "generate", "merge", "verify", "methods", "inspect")
+COMMANDS = ("train", "check", "evaluate", "chat", "generate", "merge", "verify", "methods", "inspect", "bench")
 
 
 def summary(name: str) -> str:
@@ -48,9 +49,11 @@ class _Commands(TyperGroup):
 
 
 def _load(name: str) -> Any:
-    """Import a command and answer it as typer's command object."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    """Import a command, settle the threads that it will compute with, and answer it as typer's command object."""
+    app, looked = typer.Typer(add_completion=False, rich_markup_mode=None), threads.Usage.now()
     app.command(name)(getattr(importlib.import_module(f"smidgen.cli.{name}"), name))
+    if "torch" not in sys.modules:  # it reads the environment once
+        threads.settle(looked.free_since() if looked else None)
     return typer.main.get_command(app)
 
 

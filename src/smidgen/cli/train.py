@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -35,11 +36,19 @@ def train(
             raise typer.Exit(launch(processes, command, typer.echo))
         for note in notes if rank() == 0 else []:
             typer.echo(f"note: {note}")
-        from smidgen.evaluation.report import write_report
+        gc.disable()  # importing makes a million objects and no garbage; looking for it takes half a second
         from smidgen.training.run import train as carry_out
+        from smidgen.training.start import Start
 
-        proof = carry_out(checked, resume=resume, overwrite=overwrite, init_adapter=init_adapter, say=typer.echo)
+        gc.freeze()
+        gc.enable()
+        start = Start(of_process=True)
+        proof = carry_out(
+            checked, resume=resume, overwrite=overwrite, init_adapter=init_adapter, say=typer.echo, start=start
+        )
         if rank() == 0:
+            from smidgen.evaluation.report import write_report
+
             typer.echo(f"report: {write_report(Path(checked.output))}")
     if not proof.passed:
         raise typer.Exit(1)

@@ -5,14 +5,17 @@ Letters: N rows (all dimensions but the last), D width.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smidgen.errors import UsageError
-from smidgen.kernels.native import Kernel, rows, takes
+from smidgen.kernels.native import Kernel, plain, rows, takes
 
 _BLOCK = 32  # elements that share 16 random words of 32 bits: the low halves decide the first 16 of them
+_PIECE = 16384  # blocks
 _native = Kernel("dropout", "pnpnnnnnn")
 
 
@@ -48,7 +51,10 @@ def dropped(x: Tensor, p: float, seed: int, add_to: Tensor | None = None) -> Ten
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if add_to is None else add_to
     if not takes(x, out):
-        update = x * scaled_mask(x.shape, p, seed, x.device)
+        if plain(x):
+            update = _kept(x, p, seed).mul_(_scale(_threshold(p)))
+        else:
+            update = x * scaled_mask(x.shape, p, seed, x.device)
         return out.copy_(update) if add_to is None else out.add_(update)
     matrix, into = rows(x), out.view(-1, out.shape[-1])
     _native(
@@ -83,6 +89,50 @@ def scaled_mask(shape: torch.Size | tuple[int, ...], p: float, seed: int, device
     words = torch.stack((x & 0xFFFF, x >> 16)).view(2, count, blocks, 16)
     stays = words.permute(1, 2, 0, 3).reshape(count, blocks * _BLOCK)[:, :width] >= threshold
     return (stays.to(torch.float32) * _scale(threshold)).view(shape)
+
+
+def _kept(x: Tensor, p: float, seed: int) -> Tensor:
+    """`dropped` in plain PyTorch on a CPU, not divided by 1 - p: the bits of what stays, and zero."""
+    words = torch.int16 if x.element_size() == 2 else torch.int32
+    stays = _stays(x.numel() // max(x.shape[-1], 1), x.shape[-1], _threshold(p), _key(seed))
+    return (x.view(words) & stays.view(x.shape).to(words)).view(x.dtype)
+
+
+@functools.lru_cache(maxsize=1)  # backward asks for the same mask twice
+def _stays(count: int, width: int, threshold: int, key: int) -> Tensor:
+    """The mask of `scaled_mask` as int16 (N, D), all bits set where an element stays.
+
+    By operations on 32-bit integers in a piece of memory that fits the cache, and results of 16 bits: PyTorch is slow
+    with booleans.
+    """
+    blocks = -(-width // _BLOCK)
+    stays = torch.empty(count * blocks, 2, 16, dtype=torch.int16)
+    spread = torch.arange(min(_PIECE, len(stays)) * 16, dtype=torch.int32).mul_(_signed(0x9E3779B9))
+    for first in range(0, len(stays), _PIECE):
+        out = stays[first : first + _PIECE]
+        x = spread[: len(out) * 16] + _signed(first * 16 * 0x9E3779B9)
+        shifted = torch.empty_like(x)
+        x ^= _signed(key)
+        x ^= _shifted(x, 16, shifted)
+        x *= 0x7FEB352D
+        x ^= _shifted(x, 15, shifted)
+        x += _signed(key >> 32)
+        x *= _signed(0x846CA68B)
+        x ^= _shifted(x, 16, shifted)
+        x ^= _signed(0x80008000)  # numbers without sign in the order of those with one
+        torch.ge(x.view(torch.int16).view(-1, 16, 2).transpose(1, 2), threshold - 0x8000, out=out)
+    return stays.view(count, blocks * _BLOCK)[:, :width].neg()
+
+
+def _shifted(x: Tensor, by: int, out: Tensor) -> Tensor:
+    """x >> by of numbers without sign."""
+    return torch.bitwise_right_shift(x, by, out=out).bitwise_and_((1 << 32 - by) - 1)
+
+
+def _signed(x: int) -> int:
+    """The low 32 bits as an int32."""
+    x &= 0xFFFFFFFF
+    return x - 2**32 if x >> 31 else x
 
 
 def mask_arguments(p: float, seed: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from smidgen.errors import UsageError
 from smidgen.kernels.dropout import dropout, dropped, mask_arguments
-from smidgen.kernels.native import Kernel, rows, takes
+from smidgen.kernels.native import Kernel, plain, rows, takes
 
 _LARGEST_RANK = 32
 _MOST_PARTS = 16  # partial sums of a factor's gradient, one for each part of the rows
@@ -48,9 +48,9 @@ class Linear(NamedTuple):
     updates: tuple[LowRank, ...]
 
 
-def native(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether native code would run for an input and such weights, and nothing else decides on its type."""
-    return takes(x, *others) and not torch.is_autocast_enabled(x.device.type)
+def as_one(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether `lora_linear` is one operation for an input and such weights, and nothing else decides on its type."""
+    return plain(x, *others) and not torch.is_autocast_enabled(x.device.type)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[LowRank]) -> Tensor:
@@ -73,7 +73,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequen
                 f"adapter {i}: A {tuple(adapter.a.shape)} and B {tuple(adapter.b.shape)} must be (R, I) and (O, R) for "
                 f"the weight (O, I) = {tuple(weight.shape)}"
             )
-    if not takes(x, weight, bias):
+    if not plain(x, weight, bias):
         return lora_linear_reference(x, weight, bias, adapters)
     factors = [factor for adapter in adapters for factor in (adapter.a, adapter.b)]
     settings = [(adapter.scaling, adapter.p, adapter.seed) for adapter in adapters]
@@ -91,7 +91,7 @@ def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, adapte
 
 def down(x: Tensor, a: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
     """dropout(x) a^T, (N, R) float32, of x (N, I) and a (R, I) float32."""
-    if len(a) > _LARGEST_RANK:
+    if not _native(x, len(a)):
         return (_dropped(x, p, seed) @ a.to(x.dtype).t()).float()
     low = torch.empty(x.shape[0], a.shape[0])
     _down(x.dtype, x, x.stride(0), a.contiguous(), low, *x.shape, len(a), *mask_arguments(p, seed))
@@ -101,17 +101,17 @@ def down(x: Tensor, a: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
 def outer(low: Tensor, x: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
     """low^T dropout(x), (R, I) float32, of low (N, R) float32 and x (N, I)."""
     rank = low.shape[1]
-    if rank > _LARGEST_RANK:
+    if not _native(x, rank):
         return (low.to(x.dtype).t() @ _dropped(x, p, seed)).float()
-    parts = max(1, min(_MOST_PARTS, x.shape[0] // 64))
-    sums = torch.zeros(parts, rank, x.shape[1])
+    parts = max(1, min(_MOST_PARTS, x.shape[0] // 256))
+    sums = torch.empty(parts, rank, x.shape[1])
     _outer(x.dtype, low, x, x.stride(0), sums, parts, *x.shape, rank, *mask_arguments(p, seed))
     return sums.sum(0)
 
 
 def up(y: Tensor, low: Tensor, a: Tensor, p: float = 0.0, seed: int = 0) -> None:
     """y += dropout(low a), in place, of y (N, I), low (N, R) float32 and a (R, I) float32."""
-    if len(a) > _LARGEST_RANK:
+    if not _native(y, len(a)):
         update = low.to(y.dtype), a.to(y.dtype)
         if p == 0:
             y.addmm_(*update)
@@ -119,6 +119,10 @@ def up(y: Tensor, low: Tensor, a: Tensor, p: float = 0.0, seed: int = 0) -> None
             dropped(torch.mm(*update), p, seed, add_to=y)
     else:
         _up(y.dtype, low, a.contiguous(), y, y.stride(0), *y.shape, len(a), *mask_arguments(p, seed))
+
+
+def _native(x: Tensor, rank: int) -> bool:
+    return rank <= _LARGEST_RANK and takes(x)
 
 
 def _dropped(x: Tensor, p: float, seed: int) -> Tensor:

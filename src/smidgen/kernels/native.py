@@ -100,14 +100,20 @@ def _openmp_entry() -> int | None:
 def takes(*tensors: Tensor | None) -> bool:
     """Whether a native function can run: plain CPU tensors of one dtype, float32 or bfloat16.
 
-    Under `torch.compile` plain PyTorch runs, which the compiler fuses by itself.
+    Under `torch.compile` plain PyTorch runs, which the compiler fuses by itself, and under `torch.func`.
     """
+    return plain(*tensors) and _choice().binary is not None
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """What `takes` says, native code or not."""
     first = tensors[0]
     if first is None or first.dtype not in _DTYPES or torch.compiler.is_compiling():
         return False
+    if torch._C._are_functorch_transforms_active():
+        return False
     given = [tensor for tensor in tensors if tensor is not None]
-    plain = all(t.is_cpu and t.dtype == first.dtype and type(t) in (Tensor, Parameter) for t in given)
-    return plain and _choice().binary is not None
+    return all(t.is_cpu and t.dtype == first.dtype and type(t) in (Tensor, Parameter) for t in given)
 
 
 class Kernel:

@@ -18,7 +18,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from smidgen.adapters import attach
@@ -271,7 +270,7 @@ class AdaptedModel(MadeInPlace, _Model):
                 save_adapter(folder, tensors, config, metadata_of(self, config) | self._base_marks(name))
             finally:
                 config.inference_mode = trained
-            if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
+            if re.fullmatch(r"checkpoint-\d+", folder.name):
                 # transformers' Trainer resumes from, and ends with, what it finds under this name.
                 shutil.copyfile(folder / WEIGHTS_NAME, folder / SAFE_WEIGHTS_NAME)
 

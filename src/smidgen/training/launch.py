@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from smidgen import threads
 from smidgen.errors import UsageError
 
 GRACE = 10.0  # seconds for the others to end by themselves once one has failed
@@ -45,14 +46,14 @@ def launch(count: int, command: Sequence[str], say: Callable[[str], None]) -> in
     """
     if world() > 1:
         raise UsageError(f"--processes: a launcher has started {world()} processes already; leave it out")
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // count))
-    say(f"processes: {count}, {threads} threads each ({_cores()} cores)")
+    each = threads.for_each(count)
+    say(f"processes: {count}, {each} threads each ({threads.processors()})")
     shared = os.environ | {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
-        "OMP_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": each,
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # who lost whom when one has failed
     }
     started: list[subprocess.Popen[bytes]] = []
@@ -106,10 +107,6 @@ def _passing_signals(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[Non
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_port() -> int:

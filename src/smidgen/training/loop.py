@@ -37,6 +37,7 @@ from smidgen.training.guards import BAD_UPDATES_IN_A_ROW, GradientGuard, Interru
 from smidgen.training.objectives import Collating, Objective
 from smidgen.training.optimizers import learning_rate, make_optimizer, updates_of
 from smidgen.training.progress import Progress
+from smidgen.training.start import Start
 from smidgen.training.zero import Zero
 
 
@@ -62,6 +63,7 @@ class Loop:
         state: what every checkpoint carries besides the loop's own state.
         autocast: the dtype of the arithmetic where the trained parameters are kept in a wider one; None: their own.
         learners: the tensors that are meant to learn, by name; None: those that need a gradient.
+        start: tells after the first update what the time until then went to.
     """
 
     model: nn.Module
@@ -76,6 +78,7 @@ class Loop:
     state: Mapping[str, Any] = field(default_factory=dict)
     autocast: torch.dtype | None = None
     learners: Mapping[str, nn.Parameter] | None = None
+    start: Start | None = None
     step: int = field(default=0, init=False)
     held_out_loss: float | None = field(default=None, init=False)  # as last evaluated
 
@@ -207,6 +210,10 @@ class Loop:
         self.scaler.update()
         self.step += 1
         self.bad, self.last_good = 0, self.step
+        if self.start:
+            self.start.spent("step")
+            self.progress.say(self.start.line())
+            self.start = None
         tokens = int(self.lengths[update].sum())
         self.window.loss += loss_value * count
         self.window.count += count

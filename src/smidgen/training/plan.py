@@ -1,7 +1,7 @@
 """What a run will need, before it begins: memory and time.
 
-A forward and backward pass over a few rows is run twice: once to follow every tensor that lives during it, once to take
-its time. Both are scaled by the tokens of the largest micro-batch and of all epochs.
+A forward and backward pass over a few rows follows every tensor that lives during it, and is timed; a short one is run
+again to take its time. Both are scaled by the tokens of the largest micro-batch and of all epochs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from smidgen.models.scores import vocabulary_size
 from smidgen.training.objectives import Collating, Objective
 
 PROBE_TOKENS = 512
+REPEATED_BELOW = 1.0  # seconds: in a longer pass the first time weighs little
 # Wider micro-batches gain little speed: see docs/training.md for the measurements.
 PREFERRED_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 8192}
 
@@ -145,8 +146,9 @@ def probe(
     model.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         with LiveBytes(vocabulary_size(model)) as live:
-            run()
-        seconds = run()
+            seconds = run()
+        if seconds < REPEATED_BELOW:
+            seconds = run()
     model.train(was_training)
     for parameter in learners:
         parameter.grad = None

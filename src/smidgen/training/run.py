@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 
+from smidgen import threads
 from smidgen.errors import TrainingStopped, UsageError
 from smidgen.models.fingerprint import fingerprint
 from smidgen.models.fuse import fused
@@ -42,6 +43,7 @@ from smidgen.training.memory import PeakMemory, give_back, held, telling_out_of_
 from smidgen.training.optimizers import updates_of
 from smidgen.training.plan import size_text
 from smidgen.training.setup import Say, Setup, make_trainable, plan, prepare
+from smidgen.training.start import Start
 
 PARTS = (
     "recipe.yaml",
@@ -70,6 +72,7 @@ def train(
     overwrite: bool = False,
     init_adapter: Path | None = None,
     say: Say = print,
+    start: Start | None = None,
 ) -> proof.Proof:
     """Carry out a recipe and answer the proof, which is also in the run folder.
 
@@ -77,11 +80,13 @@ def train(
         resume: go on from the newest checkpoint in the run folder.
         overwrite: replace the run that is in the folder.
         init_adapter: folder of an adapter to train further, instead of a new one of the recipe's.
+        start: what was spent before this call counts for the time of the first update; None: from this call on.
 
     Raises:
         UsageError: nothing was started; the message says what to change.
         TrainingStopped: a guard, or the user, stopped the run.
     """
+    start = start or Start()
     give_back()
     folder = Path(recipe.output)
     accelerator = _accelerator(recipe, folder)
@@ -94,21 +99,26 @@ def train(
         init_adapter = Path(found.state["init_adapter"])
     if not accelerator.is_main_process:
         say = _silent
+    if accelerator.device.type == "cpu":
+        say(threads.told(torch.get_num_threads()))
     if joined := processes.introduce(accelerator, recipe.train.batch_size):
         say(joined)
     set_seed(recipe.seed)
+    start.spent("imports")
     idle = held(accelerator.device)
     with accelerator.main_process_first():  # what the first puts into the cache, the others find there
-        setup = prepare(recipe, init_adapter, say, accelerator.device)
+        setup = prepare(recipe, init_adapter, say, accelerator.device, start)
     base = fingerprint(setup.model)
     before = proof.measure(setup, accelerator) if setup.trains_base else None
     make_trainable(setup, say)
+    start.spent("adapter")
     if accelerator.num_processes > 1:
         processes.check_same_start(dict(setup.model.named_parameters()), accelerator.device)
         set_seed(recipe.seed, device_specific=True)  # each drops other units
-    start = proof.snapshot(setup.learners)
+    before_training = proof.snapshot(setup.learners)
     with nullcontext() if recipe.train.fsdp else fused(setup.model, say):
-        loop = _fit(setup, folder, accelerator, found, idle, say)
+        start.spent("kernels tried")
+        loop = _fit(setup, folder, accelerator, found, idle, say, start)
 
     # Rounding changes what was evaluated last, training is over otherwise.
     known = None if setup.autocast else loop.held_out_loss
@@ -121,7 +131,7 @@ def train(
     if before is None:
         with setup.model.disable_adapter():
             before = proof.measure(setup, accelerator)
-    checks = [proof.check_loss(setup, before.loss, after.loss), proof.check_moved(setup, start, loop.total)]
+    checks = [proof.check_loss(setup, before.loss, after.loss), proof.check_moved(setup, before_training, loop.total)]
     if not setup.trains_base:
         checks.append(proof.check_base(base, fingerprint(setup.model)))
     if accelerator.is_main_process:
@@ -144,11 +154,13 @@ def _fit(
     found: checkpoint.Checkpoint | None,
     idle: int,
     say: Say,
+    start: Start,
 ) -> Loop:
     """Forecast, and train to the end. idle: the bytes that were held before the model was loaded."""
     with telling_out_of_memory(lambda: "before the first step", lambda: "Try a smaller data.max_length or model"):
         forecast = plan(setup, say)
-    loop = _loop(setup, folder, accelerator)
+    start.spent("forecast")
+    loop = _loop(setup, folder, accelerator, start)
     if found and found.state.get("data") != loop.state["data"]:
         raise UsageError(f"cannot resume: the training data changed since {found.folder} was written")
     _check_space(setup, folder)
@@ -218,6 +230,7 @@ def _write_beginnings(setup: Setup, folder: Path) -> None:
         "processor": platform.processor() or platform.machine(),
         "device": str(setup.model.device),
         "threads": torch.get_num_threads(),
+        "waiting": threads.waiting(),
         "dtype": str(proof.base_dtype(setup.model)).removeprefix("torch."),
     }
     for package in PACKAGES:
@@ -239,7 +252,7 @@ def _check_space(setup: Setup, folder: Path) -> None:
     check_disk(folder, kept * checkpoint.size(setup.model) + result)
 
 
-def _loop(setup: Setup, folder: Path, accelerator: Accelerator) -> Loop:
+def _loop(setup: Setup, folder: Path, accelerator: Accelerator, start: Start) -> Loop:
     digests = setup.data.train.digest[setup.data.train.order]
     state = {
         "recipe_hash": recipe_hash(setup.recipe),
@@ -262,6 +275,7 @@ def _loop(setup: Setup, folder: Path, accelerator: Accelerator) -> Loop:
         state=state,
         autocast=setup.autocast,
         learners=setup.learners,
+        start=start,
     )
 
 

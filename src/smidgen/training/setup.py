@@ -39,6 +39,7 @@ from smidgen.training.objectives import OBJECTIVES, Collating, Objective
 from smidgen.training.optimizers import updates_of
 from smidgen.training.plan import PREFERRED_TOKENS, Forecast, choose_budget, forecast, probe, remedy
 from smidgen.training.processes import check_shardable, place
+from smidgen.training.start import Start
 
 Say = Callable[[str], None]
 
@@ -85,7 +86,13 @@ class Setup:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad or in_adapter(name)}
 
 
-def prepare(recipe: Recipe, init_adapter: Path | None, say: Say, device: torch.device | None = None) -> Setup:
+def prepare(
+    recipe: Recipe,
+    init_adapter: Path | None,
+    say: Say,
+    device: torch.device | None = None,
+    start: Start | None = None,
+) -> Setup:
     """Load the base model and make the rows; nothing is trainable yet.
 
     Raises:
@@ -102,6 +109,8 @@ def prepare(recipe: Recipe, init_adapter: Path | None, say: Say, device: torch.d
     if recipe.data.template:
         tokenizer.chat_template = choose_template(tokenizer, recipe.data.template, "").text
     model = place(model, device)
+    start = start or Start()
+    start.spent("model")
     data = prepare_data(
         recipe.data,
         tokenizer,
@@ -124,6 +133,7 @@ def prepare(recipe: Recipe, init_adapter: Path | None, say: Say, device: torch.d
     how = Collating(max(preferred, int(data.train.lengths.max())), packing, cast(int, tokenizer.pad_token_id))
     setup = Setup(recipe, base, model, tokenizer, data, OBJECTIVES[recipe.objective](), how, init_adapter)
     setup.added, setup.untrained = added, untrained_tokens(model, tokenizer, data.train.ids.tolist())
+    start.spent("data")
     return setup
 
 

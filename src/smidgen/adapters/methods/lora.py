@@ -23,7 +23,7 @@ from smidgen.adapters.layers import ConvLayer, EmbeddingLayer, LinearLayer
 from smidgen.adapters.targets import check_patterns, find_targets, pattern_value
 from smidgen.adapters.trained import plan_trained, with_mirrors
 from smidgen.errors import MergeError, TargetError, UsageError, raise_all
-from smidgen.kernels.lora import LowRank, lora_linear, native
+from smidgen.kernels.lora import LowRank, as_one, lora_linear
 from smidgen.registry import LORA_INITS, lookup
 
 _LARGEST_RANK = 65_536  # wider than any layer: a larger one in a file is a mistake or an attack on the memory
@@ -278,7 +278,7 @@ class Lora(WeightAdapter):
 
     def forward(self, inner: Inner, x: Tensor) -> Tensor:
         layer = self.layer
-        if (weight := inner.plain_weight) is not None and self.is_low_rank() and native(x, weight):
+        if (weight := inner.plain_weight) is not None and self.is_low_rank() and as_one(x, weight):
             return lora_linear(x, weight, inner.bias, [self.low_rank()])
         y = inner(x) if self.bias is None else inner.call_with({"bias": self.bias}, x)
         if self.start_A is not None:

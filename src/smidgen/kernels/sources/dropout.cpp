@@ -11,9 +11,15 @@ void dropout(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
         for (int64_t row = first; row < last; row++) {
             const T* from = x + row * x_stride;
             T* to = y + row * y_stride;
-            mask.row(row, columns, [=](int64_t i, vf factor, auto extent) {
-                vf value = load(from + i, extent) * factor;
+            const uint32_t counter = mask.counter(row, columns);
+            const auto place = [=](int64_t i, vi stays, auto extent) {
+                vf value = stays ? load(from + i, extent) * mask.scale : vf{};
                 store(to + i, ADD ? value + load(to + i, extent) : value, extent);
+            };
+            each_pair(columns, [=](int64_t i, uint32_t words, auto near, auto far) {
+                const Mask::Stays stays = mask.stays(counter + words);
+                place(i, stays.near, near);
+                place(i + 16, stays.far, far);
             });
         }
     });

@@ -5,6 +5,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -151,6 +152,26 @@ inline float sum(vf v) {
 }
 inline float largest(vf v) {
     return fold(v, [](vf a, vf b) { return max(a, b); });
+}
+
+// The blocks of STEP lanes at even places, or at odd ones, of a and b in turn.
+template <int STEP, int ODD, int... I> inline vf blocks(vf a, vf b, std::integer_sequence<int, I...>) {
+    return vf{(I / STEP % 2 ? b : a)[I / (2 * STEP) * (2 * STEP) + ODD * STEP + I % STEP]...};
+}
+
+// The sums of the lanes of R vectors, at most LANES: that of v[0] in lane 0, of v[1] in lane 1...
+template <int R, int STEP = 1> inline vf sums(const vf* v) {
+    if constexpr (STEP == LANES) {
+        return v[0];
+    } else {
+        constexpr std::make_integer_sequence<int, LANES> all_lanes{};
+        vf half[(R + 1) / 2];
+        for (int r = 0; r < R; r += 2) {
+            const vf a = v[r], b = v[smaller(r + 1, R - 1)];
+            half[r / 2] = blocks<STEP, 0>(a, b, all_lanes) + blocks<STEP, 1>(a, b, all_lanes);
+        }
+        return sums<(R + 1) / 2, 2 * STEP>(half);
+    }
 }
 
 // e^x within 2 units in the last place; 0 below -87.3, where float32 ends.
