@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from smidgen import kernels
 from smidgen.adapters.attach import MadeInPlace, class_with
@@ -53,8 +54,9 @@ def fuse(model: nn.Module, say: Callable[[str], None] = print) -> None:
     try:
         with _at_rest(inner):
             counts = _take_over_modules(inner)
-            refusal = _take_over_attention(inner)
-            blocks = 0 if refusal else _take_over_blocks(inner)
+            with _noting_calls(inner) as calls:
+                refusal = _take_over_attention(inner)
+            blocks = 0 if refusal else _take_over_blocks(calls)
             _take_over_head(inner)
     except BaseException:
         unfuse(model)
@@ -175,9 +177,10 @@ def _take_over_attention(model: Any) -> str | None:
         attention.use(model)
         if not attention.in_use(model):
             return "the model does not let its attention be chosen"
-        refusal = _difference(_states(model, True), expected, packed)
-        if refusal is None and not torch.equal(_shown(model), shown):
+        if not torch.equal(_shown(model), shown):
             refusal = "it would not show its weights (output_attentions)"
+        else:
+            refusal = _difference(_states(model, True), expected, packed)
     except Exception as error:  # of a model that is built in another way, anything may fail
         refusal = f"{type(error).__name__}: {error}".splitlines()[0]
     if refusal:
@@ -185,36 +188,43 @@ def _take_over_attention(model: Any) -> str | None:
     return refusal
 
 
-def _take_over_blocks(model: Any) -> int:
-    """Let decoder layers run as whole blocks; answer how many do."""
-    return sum(_takes_over_block(*call) for call in _calls(model))
+class _Call(NamedTuple):
+    """What a decoder layer was called with last, and how it attended then."""
+
+    kwargs: dict[str, Any]
+    seen: dict[nn.Module, Scores]
 
 
-def _calls(model: Any) -> Iterator[tuple[Any, dict[str, Any], dict[nn.Module, Scores]]]:
-    """Each decoder layer, what it was called with in a pass over two packed rows, and how the layers attended."""
-    calls: dict[nn.Module, dict[str, Any]] = {}
+@contextmanager
+def _noting_calls(model: nn.Module) -> Iterator[dict[nn.Module, _Call]]:
+    """The last call of each decoder layer inside the block."""
+    calls: dict[nn.Module, _Call] = {}
     seen: dict[nn.Module, Scores] = {}
     layers = [module for module in model.modules() if {"self_attn", "mlp"} <= dict(module.named_children()).keys()]
     handles = [
-        layer.register_forward_pre_hook(lambda layer, _, kwargs: calls.update({layer: kwargs}), with_kwargs=True)
+        layer.register_forward_pre_hook(lambda at, _, kwargs: calls.update({at: _Call(kwargs, seen)}), with_kwargs=True)
         for layer in layers
         if "forward" not in vars(layer) and not isinstance(layer, MadeInPlace)
     ]
     token = attention.SEEN.set(seen)
     try:
-        _states(model, packed=True)
+        yield calls
     finally:
         attention.SEEN.reset(token)
         for handle in handles:
             handle.remove()
-    for layer, kwargs in calls.items():
-        yield layer, kwargs, seen
 
 
-def _takes_over_block(layer: Any, kwargs: dict[str, Any], seen: dict[nn.Module, Scores]) -> bool:
+def _take_over_blocks(calls: dict[nn.Module, _Call]) -> int:
+    """Let decoder layers run as whole blocks; answer how many do."""
+    return sum(_takes_over_block(*call) for call in calls.items())
+
+
+def _takes_over_block(layer: Any, call: _Call) -> bool:
     """Let a layer run as one block, if it then answers as before, gradient included."""
+    kwargs = call.kwargs
     try:
-        block = FusedBlock(layer, seen)
+        block = FusedBlock(layer, call.seen)
     except (LookupError, AttributeError):
         return False
     small = 0.02  # so that what is added to the input decides
@@ -227,20 +237,36 @@ def _takes_over_block(layer: Any, kwargs: dict[str, Any], seen: dict[nn.Module, 
 
 
 def _take_over_head(model: Any) -> None:
-    """Let losses be computed from hidden states, if that gives the same."""
+    """Let losses be computed from hidden states, if that gives the same, gradient included."""
     config = model.config.get_text_config()
     cap, scale = getattr(config, "final_logit_softcapping", None), getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     try:
-        expected, packed = _losses(model, False), _losses(model, True)
         if model.get_decoder() is model:
             return
+        expected = _scored(model)
         vars(model)[HEAD] = Head(cap, scale or (1 / divisor if divisor else 1.0))
-        refusal = _difference(_losses(model, True), expected, packed)
+        same = all(map(_near, _scored(model), expected))
     except Exception:  # of a model whose head is not over a vocabulary
-        refusal = "no losses"
-    if refusal:
+        same = False
+    if not same:
         vars(model).pop(HEAD, None)
+
+
+def _scored(model: Any) -> Results:
+    """The losses of tokens of which the decoder says something random, and the gradient of that."""
+    weight, decoder, batch = model.get_input_embeddings().weight, model.get_decoder(), _rows(model, packed=False)
+    shape = (*batch.input_ids.shape, model.config.get_text_config().hidden_size)
+    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(weight.dtype).requires_grad_()
+    own = vars(decoder).get("forward")
+    vars(decoder)["forward"] = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+    try:
+        losses, _ = token_losses(model, batch)
+    finally:
+        del vars(decoder)["forward"]
+        if own is not None:
+            vars(decoder)["forward"] = own
+    return losses.detach(), torch.autograd.grad(losses.sum(), hidden)[0]
 
 
 def _difference(found: Results, expected: Results, packed: Results) -> str | None:
@@ -263,15 +289,20 @@ def _states(model: Any, packed: bool) -> Results:
     inputs = {"input_ids": rows.input_ids, "use_cache": False}
     if packed:
         inputs["position_ids"] = rows.position_ids
+    embedded: list[Tensor] = []
 
-    def answer() -> Tensor:
-        return model.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output if output.requires_grad else output.requires_grad_())
+        return output
 
-    return _with_gradient(model, answer)
-
-
-def _losses(model: Any, packed: bool) -> Results:
-    return _with_gradient(model, lambda: token_losses(model, _rows(model, packed))[0])
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        y = model.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+        (gradient,) = torch.autograd.grad(y, embedded[:1], weight)
+    finally:
+        handle.remove()
+    return y.detach(), gradient.flatten(0, 1)
 
 
 def _shown(model: Any) -> Tensor:
@@ -293,20 +324,3 @@ def _rows(model: Any, packed: bool) -> Batch:
     positions = torch.arange(half).repeat(2)[None] if packed else None
     shape = (1, _TOKENS) if packed else (2, half)
     return Batch(ids.view(shape), labels.view(shape), None, positions, [0, 1], _TOKENS - 2)
-
-
-def _with_gradient(model: Any, answer: Callable[[], Tensor]) -> Results:
-    embedded: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        embedded.append(output if output.requires_grad else output.requires_grad_())
-        return output
-
-    handle = model.get_input_embeddings().register_forward_hook(keep)
-    try:
-        y = answer()
-        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-        (gradient,) = torch.autograd.grad(y, embedded[:1], weight)
-    finally:
-        handle.remove()
-    return y.detach(), gradient.flatten(0, 1)
