@@ -20,7 +20,7 @@ from setuptools.errors import CompileError
 SOURCES = Path("src/smidgen/kernels/sources")
 ONCE = "threads.cpp"
 BASE = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-BASE += ["-Wno-maybe-uninitialized"]  # which GCC 12 says of its own intrinsics
+BASE += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # which GCC 12 says of its own intrinsics
 STRIPPED = [] if "-g" in os.environ.get("CFLAGS", "").split() else ["-s"]  # debugging needs the symbols
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]

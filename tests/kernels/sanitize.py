@@ -28,7 +28,8 @@ Kernel("dropout", "pnpnnnnnn")(x.dtype, x, 8, x, 8, 5, 8, 0, 0, 0)  # five rows 
 
 def build(folder: Path) -> None:
     """The package with a library that checks itself, into `folder`."""
-    flags = {"CFLAGS": f"{SANITIZE} -fno-omit-frame-pointer -g", "LDFLAGS": SANITIZE}
+    compile_flags = f"{SANITIZE} -fno-omit-frame-pointer -g"  # read under either name, as setuptools is new or old
+    flags = {"CFLAGS": compile_flags, "CXXFLAGS": compile_flags, "LDFLAGS": SANITIZE}
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(folder), "--build-lib", str(folder)]
     subprocess.run(command, cwd=ROOT, env=os.environ | flags, check=True)
     if not (folder / "smidgen" / "kernels" / "libkernels.so").exists():

@@ -29,17 +29,29 @@ def held(device: torch.device) -> int:
 
 
 def give_back() -> None:
-    """Return memory that earlier runs of this process have freed to the system, and keep what this run frees.
+    """Return memory that earlier runs of this process have freed to the system.
 
     GNU's allocator keeps freed pieces, and what many runs leave behind adds up; others return them by themselves.
-    Within a run it would return the activations of each step and fetch them again, a page at a time: 105,000 page
-    faults a step of a model of 135M parameters, a twentieth of the time.
     """
     gc.collect()
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+    if library := _gnu():
         library.malloc_trim(0)
-        library.mallopt(_MMAP_THRESHOLD, 2**25)  # the largest that is allowed
-        library.mallopt(_TRIM_THRESHOLD, 2**30)
+
+
+def keep_freed(keep: bool) -> None:
+    """Whether memory that is freed from now on stays with the process; otherwise as GNU's allocator does by itself.
+
+    It would return the activations of each step and fetch them again, a page at a time: 105,000 page faults a step of
+    a model of 135M parameters, a twentieth of the time.
+    """
+    if library := _gnu():
+        library.mallopt(_MMAP_THRESHOLD, 2**25)  # what it comes to by itself, and the most that is allowed
+        library.mallopt(_TRIM_THRESHOLD, 2**30 if keep else 2**26)
+
+
+def _gnu() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "malloc_trim") else None
 
 
 class PeakMemory:

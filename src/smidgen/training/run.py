@@ -39,7 +39,7 @@ from smidgen.registry import METHODS
 from smidgen.training import checkpoint, processes, proof, zero
 from smidgen.training.guards import check_disk, check_finite
 from smidgen.training.loop import Loop
-from smidgen.training.memory import PeakMemory, give_back, held, telling_out_of_memory
+from smidgen.training.memory import PeakMemory, give_back, held, keep_freed, telling_out_of_memory
 from smidgen.training.optimizers import updates_of
 from smidgen.training.plan import size_text
 from smidgen.training.setup import Say, Setup, make_trainable, plan, prepare
@@ -88,6 +88,7 @@ def train(
     """
     start = start or Start()
     give_back()
+    keep_freed(True)
     folder = Path(recipe.output)
     accelerator = _accelerator(recipe, folder)
     with accelerator.main_process_first():

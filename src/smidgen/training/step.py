@@ -25,7 +25,7 @@ from smidgen.data.packing import IGNORED, Batch
 from smidgen.models.fuse import fused
 from smidgen.models.peft_model import get_peft_model
 from smidgen.models.scores import token_losses, vocabulary_size
-from smidgen.training.memory import PeakMemory, give_back, held
+from smidgen.training.memory import PeakMemory, give_back, held, keep_freed
 
 VARIANTS = ("peft", "plain", "smidgen")
 RANK, ALPHA = 8, 16
@@ -110,7 +110,11 @@ def make_step(variant: str, model: Any, task: Task, stack: ExitStack, say: Calla
 
 
 def use(variant: str) -> None:
-    """Let the kernels of a variant run: those that the environment asked for at first, or plain PyTorch."""
+    """Let the kernels of a variant run: those that the environment asked for at first, or plain PyTorch.
+
+    Freed memory is kept as a run of ours keeps it, for peft as it is by itself.
+    """
+    keep_freed(variant != "peft")
     chosen = "reference" if variant == "plain" else _ASKED
     if os.environ.get(_KERNELS, "") != chosen:
         os.environ[_KERNELS] = chosen
