@@ -10,6 +10,7 @@ x A^T; the attention and the second product of each half are not repeated.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -189,6 +190,16 @@ def _normed_backward(
     return grad_x, norm._replace(weight=of_weight)
 
 
+def _input_backward(
+    grad: Tensor | None, x: Tensor, scale: Tensor, norm: Norm, above: Tensor, wanted: Norm, shape: torch.Size
+) -> tuple[Tensor | None, Norm | None]:
+    """The gradient of x, in its shape, from those of its norm, if that was wanted, and of the sum; and of the norm."""
+    if grad is None:
+        return None, None
+    of_x, of_norm = _normed_backward(x, norm, scale, grad, above, wanted)
+    return of_x.view(shape), of_norm
+
+
 # ---- attention ----
 
 
@@ -241,9 +252,7 @@ class _AddAttention(torch.autograd.Function):
         g, of_norm_after = _unnormed(above, after, part.norm_after, wanted.norm_after)
         g, of_mix = _mix_backward(g, out.flatten(1), part.mix, mix_lows, wanted.mix)
 
-        def again() -> Tensor:
-            return normed(x, part.norm).y
-
+        again = functools.cache(lambda: normed(x, part.norm).y)
         if heads is None:
             heads, _ = _heads(again(), part, where, lows)
         whole, cut = _room(part.inputs, len(x), _widths(part), x.dtype)
@@ -259,9 +268,7 @@ class _AddAttention(torch.autograd.Function):
 
         below = ctx.needs_input_grad[0] or wanted.norm.weight
         g, of_inputs = _products_backward(whole, again, part.inputs, lows, wanted.inputs, below)
-        of_x = of_norm = None
-        if g is not None:
-            of_x, of_norm = _normed_backward(x, part.norm, scale, g, above, wanted.norm)
+        of_x, of_norm = _input_backward(g, x, scale, part.norm, above, wanted.norm, grad.shape)
         grads = part._replace(
             norm=of_norm,
             inputs=of_inputs,
@@ -270,7 +277,6 @@ class _AddAttention(torch.autograd.Function):
             mix=of_mix,
             norm_after=of_norm_after,
         )
-        of_x = None if of_x is None else of_x.view(grad.shape)
         return of_x, None, None, None, *_in_places(ctx.trees[0], grads)
 
 
@@ -305,9 +311,7 @@ class _AddFeedForward(torch.autograd.Function):
 
         g, of_norm_after = _unnormed(above, after, part.norm_after, wanted.norm_after)
 
-        def again() -> Tensor:
-            return normed(x, part.norm).y
-
+        again = functools.cache(lambda: normed(x, part.norm).y)
         if gates is None:
             gates, _ = _gates(again(), part, lows)
         inner, low_grads = product_backward(g, part.mix)
@@ -319,11 +323,8 @@ class _AddFeedForward(torch.autograd.Function):
 
         below = ctx.needs_input_grad[0] or wanted.norm.weight
         g, of_inputs = _products_backward(whole, again, part.inputs, lows, wanted.inputs, below)
-        of_x = of_norm = None
-        if g is not None:
-            of_x, of_norm = _normed_backward(x, part.norm, scale, g, above, wanted.norm)
+        of_x, of_norm = _input_backward(g, x, scale, part.norm, above, wanted.norm, grad.shape)
         grads = part._replace(norm=of_norm, inputs=of_inputs, mix=of_mix, norm_after=of_norm_after)
-        of_x = None if of_x is None else of_x.view(grad.shape)
         return of_x, None, None, *_in_places(ctx.trees[0], grads)
 
 
