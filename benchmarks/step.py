@@ -14,18 +14,23 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from smidgen import kernels, threads
+from smidgen.models.load import load_model
 from smidgen.training.memory import PeakMemory
 from smidgen.training.step import VARIANTS, Step, Task, compare, make_step, table
 
 
 def make(variant: str, options: argparse.Namespace, stack: ExitStack) -> tuple[torch.nn.Module, Step]:
-    """The model as loaded, and its step."""
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    """The model as each would load it, and its step."""
+    if variant == "peft":
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    else:
+        model, _ = load_model(Path(options.model), options.dtype, device=torch.device("cpu"))
     task = Task(options.rows, options.length, options.dropout, options.checkpointing)
     return model, make_step(variant, model, task, stack)
 

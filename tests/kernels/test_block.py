@@ -81,13 +81,12 @@ class Tensors:
         return Norm(self(width), None, 1e-5)
 
 
-SHAPES = given(
+SHAPES = dict(
     lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4),
     p=st.sampled_from([0.0, 0.3]),
     joined=st.booleans(),
     more_norms=st.booleans(),
     bias=st.booleans(),
-    frugal=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 
@@ -97,9 +96,9 @@ def native_only(kernel_set: str) -> None:
         pytest.skip("whole blocks are native alone; the model's own layers run otherwise")
 
 
-@SHAPES
+@given(**SHAPES)
 @FEW
-def test_add_attention(kernel_set, lengths, p, joined, more_norms, bias, frugal, dtype):
+def test_add_attention(kernel_set, lengths, p, joined, more_norms, bias, dtype):
     native_only(kernel_set)
     rows = sum(lengths)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
@@ -127,7 +126,7 @@ def test_add_attention(kernel_set, lengths, p, joined, more_norms, bias, frugal,
     new = Tensors(None, dtype)
     part(new)
     check(
-        lambda x, *given: add_attention(x, part(Tensors(list(given))), where(x), frugal),
+        lambda x, *given: add_attention(x, part(Tensors(list(given))), where(x)),
         lambda x, *given: plain_attention(x, part(Tensors(list(given))), where(x)),
         [random(rows, WIDTH, dtype=dtype), *new.made],
         float32_error=1e-5,
@@ -136,7 +135,7 @@ def test_add_attention(kernel_set, lengths, p, joined, more_norms, bias, frugal,
     )
 
 
-@SHAPES
+@given(**SHAPES, frugal=st.booleans())
 @FEW
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_add_feed_forward(kernel_set, activation, lengths, p, joined, more_norms, bias, frugal, dtype):

@@ -223,6 +223,15 @@ def test_frozen_products_are_joined_and_parted():
     assert torch.equal(weights[0], before[0][0]) and torch.equal(weights[1], before[1][0] * 2)
 
 
+def test_another_bias_in_the_place_of_a_joined_one_is_seen():
+    model = adapted(lambda: tiny_llama(bias=True))
+    module = model.get_submodule("model.layers.0.self_attn.v_proj")
+    with fused(model, say=lambda line: None):
+        before = results(model, padded())["losses"]
+        module.bias.data = module.bias + 1
+        assert not torch.allclose(results(model, padded())["losses"], before)
+
+
 def test_a_hook_inside_a_block_is_served_by_the_layer_itself():
     model, heard = adapted(tiny_llama), []
     with fused(model, say=lambda line: None):

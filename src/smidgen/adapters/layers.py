@@ -29,6 +29,11 @@ class Layer:
         """(out, in) of the matrix."""
         raise NotImplementedError
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is; "meta" while it is offloaded."""
+        return self.module.weight.device
+
     def matrix(self, weight: Tensor) -> Tensor:
         """The stored `weight` as a matrix (out, in)."""
         return weight

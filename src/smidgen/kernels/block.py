@@ -3,9 +3,9 @@
 Letters: N tokens of all rows, D width, H query heads, K key and value heads, W head width, I inner width.
 
 Kept for backward are what the products need and what is dear: queries, keys and values, the attention's output, gate
-and up. Norms, the activation, dropped inputs and the turned gradients are computed again or in place. `frugal` keeps
-neither queries, keys and values nor gate and up, most of the memory, and makes them again from the input and the stored
-x A^T; the attention and the second product of each half are not repeated.
+and up. Norms, the activation, dropped inputs and the turned gradients are computed again or in place. `frugal` does not
+keep gate and up, most of the memory, and makes them again from the input and the stored x A^T: half of the products of
+a forward pass; nothing else is repeated.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Where(NamedTuple):
     sin: Tensor
 
 
-def add_attention(x: Tensor, part: Attention, where: Where, frugal: bool = False) -> Tensor:
+def add_attention(x: Tensor, part: Attention, where: Where) -> Tensor:
     """x (..., D) plus the attention to it, or plus the norm of that, where there is a norm after.
 
     All tensors are such as the native kernels take, of one dtype but for low-rank factors.
     """
-    return _AddAttention.apply(x, where, _map(part, _place), frugal, *_tensors(part))
+    return _AddAttention.apply(x, where, _map(part, _place), *_tensors(part))
 
 
 def add_feed_forward(x: Tensor, part: FeedForward, frugal: bool = False) -> Tensor:
@@ -139,7 +139,9 @@ def _found(ctx: Any) -> Any:
 # ---- products of one input ----
 
 
-def _products(x: Tensor, layers: tuple[Linear, ...], widths: Sequence[int], lows: Any) -> tuple[list[Tensor], Any]:
+def _products(
+    x: Tensor, layers: tuple[Linear, ...], widths: Sequence[int], lows: Any = None
+) -> tuple[list[Tensor], Any]:
     """The outputs of the layers, cut to `widths`, and x A^T of their updates, which are computed unless given."""
     made = [product(x, layer, lows and lows[i]) for i, layer in enumerate(layers)]
     outputs = [y for y, _ in made]
@@ -212,8 +214,8 @@ class _Heads(NamedTuple):
     raw: Any  # for queries and keys: None, or the tensor and the scale
 
 
-def _heads(x: Tensor, part: Attention, where: Where, lows: Any = None) -> tuple[_Heads, Any]:
-    made, lows = _products(x, part.inputs, _widths(part), lows)
+def _heads(x: Tensor, part: Attention, where: Where) -> tuple[_Heads, Any]:
+    made, lows = _products(x, part.inputs, _widths(part))
     q, k, v = (y.unflatten(1, (-1, part.head_width)) for y in made)
     turned, raw = [], []
     for y, norm in ((q, part.query_norm), (k, part.key_norm)):
@@ -231,14 +233,14 @@ def _widths(part: Attention) -> list[int]:
 
 class _AddAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, where: Where, skeleton: Any, frugal: bool, *tensors: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, where: Where, skeleton: Any, *tensors: Tensor) -> Tensor:
         part: Attention = _filled(skeleton, iter(tensors))
         matrix = x.reshape(-1, x.shape[-1]).contiguous()
         first = normed(matrix, part.norm)
         heads, lows = _heads(first.y, part, where)
         out, lse = attended(heads.q, heads.k, heads.v, where.offsets, part.scores)
         total, mix_lows, after = _mixed(matrix, out.flatten(1), part.mix, part.norm_after)
-        kept = (matrix, first.scale, where, None if frugal else heads, lows, out, lse, mix_lows, after)
+        kept = (matrix, first.scale, where, heads, lows, out, lse, mix_lows, after)
         _keep(ctx, skeleton, tensors, kept)
         return total.view(x.shape)
 
@@ -246,15 +248,13 @@ class _AddAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Any:
         part, (x, scale, where, heads, lows, out, lse, mix_lows, after) = _found(ctx)
-        wanted = _filled(ctx.trees[0], iter(ctx.needs_input_grad[4:]))
+        wanted = _filled(ctx.trees[0], iter(ctx.needs_input_grad[3:]))
         above = grad.reshape(x.shape).contiguous()
 
         g, of_norm_after = _unnormed(above, after, part.norm_after, wanted.norm_after)
         g, of_mix = _mix_backward(g, out.flatten(1), part.mix, mix_lows, wanted.mix)
 
         again = functools.cache(lambda: normed(x, part.norm).y)
-        if heads is None:
-            heads, _ = _heads(again(), part, where, lows)
         whole, cut = _room(part.inputs, len(x), _widths(part), x.dtype)
         q, k, v = (y.unflatten(1, (-1, part.head_width)) for y in cut)
         attended_backward(heads.q, heads.k, heads.v, where.offsets, part.scores, out, lse, g.view(out.shape), (q, k, v))
@@ -277,7 +277,7 @@ class _AddAttention(torch.autograd.Function):
             mix=of_mix,
             norm_after=of_norm_after,
         )
-        return of_x, None, None, None, *_in_places(ctx.trees[0], grads)
+        return of_x, None, None, *_in_places(ctx.trees[0], grads)
 
 
 def _mix_backward(grad: Tensor, x: Tensor, mix: Linear, lows: Any, wanted: Any) -> tuple[Tensor, Any]:

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, a chunk of rows at a time, so that the logits of all rows never exist at once.
+"""Cross-entropy of a linear head, a chunk of rows at a time: the logits of all rows never exist at once.
 
 Letters: N rows, D width, V vocabulary.
 
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from smidgen.errors import UsageError
-from smidgen.kernels.native import Kernel, autocast, takes
+from smidgen.kernels.native import Kernel, autocast, eager, takes
 
 IGNORE = -100  # the target of a row without loss
 _CHUNK_BYTES = 32 * 2**20  # logits at a time: beyond it products get no faster
@@ -79,13 +79,13 @@ def linear_cross_entropy(
     learned = targets != IGNORE
     if not torch.compiler.is_compiling() and bool((((targets < 0) & learned) | (targets >= size)).any()):
         raise UsageError(f"targets must be below {size:,} or {IGNORE}, got {targets.min()} to {targets.max()}")
-    if not takes(hidden, weight, bias):
+    if not eager(hidden, weight, bias):
         return cross_entropy_reference(hidden, weight, targets, bias, label_smoothing, softcap, logit_scale, z_loss)
     if bool(learned.all()):
         return _LinearCrossEntropy.apply(hidden, weight, bias, targets.contiguous(), how)
     place = learned.nonzero().squeeze(1)
     losses = _LinearCrossEntropy.apply(hidden[place], weight, bias, targets[place], how)
-    return torch.zeros(hidden.shape[0]).index_copy(0, place, losses)
+    return losses.new_zeros(hidden.shape[0]).index_copy(0, place, losses)
 
 
 def linear_logprob(
@@ -125,7 +125,7 @@ def cross_entropy_reference(
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, how: _Shape) -> Iterator[tuple[slice, Tensor]]:
     """The logits of one chunk of rows after the other, in one buffer."""
-    buffer = torch.empty(min(how.chunk, hidden.shape[0]), weight.shape[0], dtype=hidden.dtype)
+    buffer = hidden.new_empty(min(how.chunk, hidden.shape[0]), weight.shape[0])
     for start in range(0, hidden.shape[0], how.chunk):
         part = slice(start, min(start + how.chunk, hidden.shape[0]))
         logits = buffer[: part.stop - start]
@@ -140,8 +140,35 @@ def _softmax(
     logits: Tensor, targets: Tensor, row_grad: Tensor | None, losses: Tensor | None, how: _Shape, grad: bool
 ) -> None:
     """Write the losses of a chunk, and the gradient of its logits over them."""
+    if not takes(logits):
+        return _softmax_reference(logits, targets, row_grad, losses, how, grad)
     settings = (how.logit_scale, how.softcap or 0.0, how.smoothing, how.z_loss)
     _native(logits.dtype, logits, logits.stride(0), targets, row_grad, losses, *logits.shape, *settings, grad)
+
+
+def _softmax_reference(
+    logits: Tensor, targets: Tensor, row_grad: Tensor | None, losses: Tensor | None, how: _Shape, grad: bool
+) -> None:
+    """`_softmax` in plain PyTorch."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * how.logit_scale
+    if how.softcap is not None:
+        z = how.softcap * torch.tanh(z / how.softcap)
+    lse, of_target = z.logsumexp(-1, keepdim=True), z.gather(1, targets[:, None])
+    if losses is not None:
+        mean = z.mean(-1, keepdim=True)
+        loss = lse - (1 - how.smoothing) * of_target - how.smoothing * mean + how.z_loss * lse.square()
+        losses.copy_(loss.squeeze(1))
+    if not grad:
+        return
+    slope = 1.0 if how.softcap is None else 1 - (z / how.softcap).square()
+    z.sub_(lse).exp_().mul_(1 + 2 * how.z_loss * lse).sub_(how.smoothing / z.shape[1])
+    z.scatter_add_(1, targets[:, None], torch.full_like(of_target, how.smoothing - 1))
+    z.mul_(slope).mul_(how.logit_scale if row_grad is None else how.logit_scale * row_grad[:, None])
+    logits.copy_(z)
+
+
+def _in_float32(like: Tensor, *shape: int) -> Tensor:
+    return torch.zeros(shape, device=like.device)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -151,8 +178,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.again = of_weight or of_bias
         ctx.how = how
         early = of_hidden and not ctx.again
-        losses = torch.empty(hidden.shape[0])
-        grad = torch.empty(hidden.shape, dtype=hidden.dtype) if early else None
+        losses = _in_float32(hidden, hidden.shape[0])
+        grad = torch.empty_like(hidden) if early else None
         for part, logits in _chunks(hidden, weight, bias, how):
             _softmax(logits, targets[part], None, losses[part], how, early)
             if grad is not None:
@@ -169,9 +196,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         row_grad = row_grad.contiguous()
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
-        grad = torch.empty(hidden.shape, dtype=hidden.dtype) if of_hidden else None
-        grad_weight = torch.zeros(weight.shape) if of_weight else None
-        grad_bias = torch.zeros(weight.shape[0]) if of_bias else None
+        grad = torch.empty_like(hidden) if of_hidden else None
+        grad_weight = _in_float32(hidden, *weight.shape) if of_weight else None
+        grad_bias = _in_float32(hidden, len(weight)) if of_bias else None
         for part, logits in _chunks(hidden, weight, bias, ctx.how):
             _softmax(logits, targets[part], row_grad[part], None, ctx.how, True)
             if grad is not None:

@@ -107,13 +107,20 @@ def takes(*tensors: Tensor | None) -> bool:
 
 def plain(*tensors: Tensor | None) -> bool:
     """What `takes` says, native code or not."""
-    first = tensors[0]
-    if first is None or first.dtype not in _DTYPES or torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active():
+    return eager(*tensors) and all(t is None or (t.is_cpu and t.dtype in _DTYPES) for t in tensors)
+
+
+def eager(*tensors: Tensor | None) -> bool:
+    """Whether an operation of our own can stand for its definition: plain tensors of one dtype of at most 32 bits.
+
+    Nothing that compiles or transforms the definition is at work then.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     given = [tensor for tensor in tensors if tensor is not None]
-    return all(t.is_cpu and t.dtype == first.dtype and type(t) in (Tensor, Parameter) for t in given)
+    first = given[0].dtype
+    narrow = first.is_floating_point and first.itemsize <= 4
+    return narrow and all(t.dtype == first and type(t) in (Tensor, Parameter) for t in given)
 
 
 class Kernel:

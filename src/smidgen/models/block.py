@@ -68,10 +68,18 @@ class Products:
         return any(t.requires_grad for m in self.modules for t in (m.weight, m.bias) if t is not None)
 
     def _in_place(self) -> bool:
-        """Whether no layer was given another weight since."""
+        """Whether no layer was given another weight or bias since."""
         assert self.joined is not None
-        parts = self.joined.weight.split([len(module.weight) for module in self.modules])
-        return all(module.weight.data_ptr() == part.data_ptr() for module, part in zip(self.modules, parts))
+        sizes = [len(module.weight) for module in self.modules]
+        for name, whole in (("weight", self.joined.weight), ("bias", self.joined.bias)):
+            parts = [None] * len(sizes) if whole is None else whole.split(sizes)
+            if any(_address(getattr(module, name)) != _address(part) for module, part in zip(self.modules, parts)):
+                return False
+        return True
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
@@ -133,7 +141,7 @@ class FusedBlock:
         frugal = self.layer.training and getattr(self.layer, "gradient_checkpointing", False)
         cos, sin = (self._angles(table, hidden_states) for table in kwargs["position_embeddings"])
         where = Where(kwargs["attention_mask"].offsets, cos, sin)
-        between = add_attention(x, parts[0], where, frugal)
+        between = add_attention(x, parts[0], where)
         return add_feed_forward(between, parts[1], frugal)
 
     def _may(self, kwargs: Mapping[str, Any]) -> bool:

@@ -35,7 +35,8 @@ BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.06, torch.float16: 0.06}
 def fuse(model: nn.Module, say: Callable[[str], None] = print) -> None:
     """Let a model compute with kernels where it may, until `unfuse`; what it answers stays the same but for rounding.
 
-    Nothing changes on other devices than the CPU, and where ``SMIDGEN_KERNELS=reference`` asks for plain PyTorch.
+    On other devices than the CPU, and where ``SMIDGEN_KERNELS=reference`` asks for plain PyTorch, only the
+    cross-entropy is taken over: it needs no native code.
 
     Args:
         model: one of transformers, whole or with adapters of smidgen or peft, also within a wrapper.
@@ -47,23 +48,24 @@ def fuse(model: nn.Module, say: Callable[[str], None] = print) -> None:
     unfuse(model)
     inner = _transformer(model)
     on_cpu = inner.device.type == "cpu"
-    if not on_cpu or kernels.instruction_set() == "reference":
-        if on_cpu:
-            say(kernels.chosen())
-        return
+    native = on_cpu and kernels.instruction_set() != "reference"
+    parts, refusal = [], None
     try:
         with _at_rest(inner):
-            counts = _take_over_modules(inner)
-            with _noting_calls(inner) as calls:
-                refusal = _take_over_attention(inner)
-            blocks = 0 if refusal else _take_over_blocks(calls)
+            if native:
+                counts = _take_over_modules(inner)
+                with _noting_calls(inner) as calls:
+                    refusal = _take_over_attention(inner)
+                blocks = 0 if refusal else _take_over_blocks(calls)
+                parts = [f"{count} {name}" for name, count in ({"whole blocks": blocks} | counts).items() if count]
+                parts += ["attention"] * (not refusal)
             _take_over_head(inner)
     except BaseException:
         unfuse(model)
         raise
-    parts = [f"{count} {name}" for name, count in ({"whole blocks": blocks} | counts).items() if count]
-    parts += ["attention"] * (not refusal) + ["cross-entropy"] * (HEAD in vars(inner))
-    say(f"{kernels.chosen()}: {', '.join(parts) or 'nothing of this model'}")
+    parts += ["cross-entropy"] * (HEAD in vars(inner))
+    chosen = kernels.chosen() if on_cpu else f"kernels: PyTorch's own on {inner.device.type}"
+    say(f"{chosen}: {', '.join(parts) or 'nothing of this model'}")
     if refusal:
         say(f"attention stays the model's own: {refusal}")
 
@@ -255,9 +257,10 @@ def _take_over_head(model: Any) -> None:
 
 def _scored(model: Any) -> Results:
     """The losses of tokens of which the decoder says something random, and the gradient of that."""
-    weight, decoder, batch = model.get_input_embeddings().weight, model.get_decoder(), _rows(model, packed=False)
+    weight, decoder = model.get_input_embeddings().weight, model.get_decoder()
+    batch = _rows(model, packed=False).to(weight.device)
     shape = (*batch.input_ids.shape, model.config.get_text_config().hidden_size)
-    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(weight.dtype).requires_grad_()
+    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(weight).requires_grad_()
     own = vars(decoder).get("forward")
     vars(decoder)["forward"] = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
     try:

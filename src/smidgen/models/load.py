@@ -67,7 +67,18 @@ def load_model(
     if report["unexpected_keys"]:
         extra = sorted(report["unexpected_keys"])
         say(f"{path}: {len(extra)} tensors of the files are not part of the model: {', '.join(extra[:5])}")
+    _own_memory(model)
     return model.to(device).eval(), tokenizer
+
+
+def _own_memory(model: torch.nn.Module) -> None:
+    """Copy what lies in mapped files.
+
+    Their pages would stay in memory beside the copies that joined layers get, and a file that is replaced during a run
+    would change the weights or end the process.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def load_adapted(

@@ -91,8 +91,7 @@ def make_step(variant: str, model: Any, task: Task, stack: ExitStack, say: Calla
         labels[:, 0] = IGNORED
         batch = Batch(ids, labels, None, None, list(range(task.rows)), task.rows * (task.length - 1))
         use(variant)
-        if variant == "smidgen":
-            stack.enter_context(fused(model, say))
+        stack.enter_context(fused(model, say))
         loss = lambda: token_losses(model, batch)[0].mean()  # noqa: E731
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -5,9 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from smidgen.adapters.init import Start
 
-def initialise(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor, bool]:
+
+def initialise(start: Start, r: int, scaling: float) -> tuple[Tensor, Tensor, bool]:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0."""
-    a = weight.new_empty(r, weight.shape[1])
+    a = torch.empty(r, start.shape[1], device=start.device)
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    return a, torch.zeros(weight.shape[0], r, device=weight.device), False
+    return a, torch.zeros(start.shape[0], r, device=start.device), False

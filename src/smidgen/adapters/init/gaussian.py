@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from smidgen.adapters.init import Start
 
-def initialise(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor, bool]:
+
+def initialise(start: Start, r: int, scaling: float) -> tuple[Tensor, Tensor, bool]:
     """A ~ N(0, 1/R^2), B = 0."""
-    a = torch.randn(r, weight.shape[1], device=weight.device) / r
-    return a, torch.zeros(weight.shape[0], r, device=weight.device), False
+    a = torch.randn(r, start.shape[1], device=start.device) / r
+    return a, torch.zeros(start.shape[0], r, device=start.device), False

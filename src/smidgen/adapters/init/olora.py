@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from smidgen.adapters.init import Start
 
-def initialise(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor, bool]:
+
+def initialise(start: Start, r: int, scaling: float) -> tuple[Tensor, Tensor, bool]:
     """W = Q R: B = the first columns of Q, A = the first rows of R."""
-    q, upper = torch.linalg.qr(weight)
+    q, upper = torch.linalg.qr(start.read())
     return upper[:r].contiguous(), q[:, :r].contiguous(), True

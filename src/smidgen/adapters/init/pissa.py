@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from smidgen.adapters.init import Start
 
-def initialise(weight: Tensor, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor, bool]:
+
+def initialise(start: Start, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor, bool]:
     """s B A = the best rank-R approximation of the weight, split evenly: B = U sqrt(S/s), A = sqrt(S/s) V^T.
 
     Args:
@@ -12,12 +14,12 @@ def initialise(weight: Tensor, r: int, scaling: float, niter: int | None = None)
             same, so that loading an adapter finds the start that it was trained from.
     """
     if niter is None:
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        u, s, vh = torch.linalg.svd(start.read(), full_matrices=False)
         u, s, vh = u[:, :r], s[:r], vh[:r]
     else:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(weight, r, niter=niter)
+            u, s, v = torch.svd_lowrank(start.read(), r, niter=niter)
         vh = v.T
     root = (s / scaling).sqrt()
     return root[:, None] * vh, u * root, True

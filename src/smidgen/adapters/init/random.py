@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from smidgen.adapters.init import default
+from smidgen.adapters.init import Start, default
 
 
-def initialise(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor, bool]:
+def initialise(start: Start, r: int, scaling: float) -> tuple[Tensor, Tensor, bool]:
     """A and B uniform as ``nn.Linear`` starts."""
-    a, _, _ = default.initialise(weight, r, scaling)
-    b, _, _ = default.initialise(weight.new_empty(1, r), weight.shape[0], scaling)
+    a, _, _ = default.initialise(start, r, scaling)
+    b, _, _ = default.initialise(start._replace(shape=(1, r)), start.shape[0], scaling)
     return a, b, False

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters.base import Inner, Place, WeightAdapter
 from smidgen.adapters.config import PeftConfig
+from smidgen.adapters.init import Start
 from smidgen.adapters.layers import ConvLayer, EmbeddingLayer, LinearLayer
 from smidgen.adapters.targets import check_patterns, find_targets, pattern_value
 from smidgen.adapters.trained import plan_trained, with_mirrors
@@ -212,7 +213,7 @@ class Lora(WeightAdapter):
             raise TargetError(f"r: {self.r} is no multiple of the convolution's {self.groups} groups")
         if self.groups > 1 and options.use_dora:
             raise TargetError(f"use_dora: a convolution with {self.groups} groups has no single weight to decompose")
-        if base.weight.is_meta and (options.use_dora or options.init_name() in ("pissa", "olora")):
+        if self.layer.device.type == "meta" and (options.use_dora or options.init_name() in ("pissa", "olora")):
             raise TargetError("use_dora, pissa and olora read the weight, which is offloaded: load it into memory")
         if options.lora_bias and isinstance(self.layer, EmbeddingLayer):
             raise TargetError("lora_bias: an embedding has no bias")
@@ -220,15 +221,19 @@ class Lora(WeightAdapter):
     def _start(self, base: Any, options: LoraConfig) -> tuple[Tensor, Tensor, bool]:
         """A and B at the start as matrices, and whether the base is to answer without their product."""
         name, linear = options.init_name(), isinstance(self.layer, LinearLayer)
-        weight = self.layer.matrix(base.weight.detach()).float()
-        if weight.is_meta:  # offloaded: the start needs no more than its shape and where it will be computed
-            device = getattr(getattr(base, "_hf_hook", None), "execution_device", "cpu")
-            weight = torch.zeros(weight.shape, device=device)
-        if self.groups > 1:  # A mixes all input channels, which the grouped weight does not hold
-            weight = weight.repeat(1, self.groups)
+        out_features, in_features = self.layer.shape
+        device = self.layer.device
+        if device.type == "meta":  # offloaded: the start needs no more than its shape and where it will be computed
+            device = torch.device(getattr(getattr(base, "_hf_hook", None), "execution_device", "cpu"))
+
+        def read() -> Tensor:
+            matrix = self.layer.matrix(base.weight.detach()).float()
+            return matrix.repeat(1, self.groups)  # A mixes all input channels, which a grouped weight does not hold
+
+        start = Start((out_features, in_features * self.groups), device, read)
         name = name if linear or name in ("random", "gaussian") else "default"
         more = options.init_options() if name == "pissa" else {}
-        a, b, offset = LORA_INITS[name].load()(weight, self.r, self.scaling, **more)
+        a, b, offset = LORA_INITS[name].load()(start, self.r, self.scaling, **more)
         if isinstance(self.layer, EmbeddingLayer) and name != "random":
             # As the reference does, the side of the vocabulary starts at zero, so that rare tokens move first.
             a, b = torch.zeros_like(a), torch.randn_like(b)
