@@ -106,6 +106,7 @@ def test_weights_offloaded_to_the_cpu_between_calls(before: bool, expected: Tens
 
 def test_mixed_precision_of_accelerate_before_and_after(expected: Tensor) -> None:
     base, model = tiny_llama(), attached(tiny_llama())
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # one of an earlier test has its own
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     after = accelerator.prepare_model(model)
     before = attached(accelerator.prepare_model(base))
