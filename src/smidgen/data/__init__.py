@@ -2,6 +2,8 @@
 
 from smidgen.data.check import DataReport
 from smidgen.data.packing import Batch, epoch_plan, micro_batches
+from smidgen.data.preference_data import Preferences, prepare_preferences
+from smidgen.data.preference_rows import LabelledRows, PairRow, PairRows
 from smidgen.data.prepare import Prepared, prepare_data
 from smidgen.data.rows import TokenRow, TokenRows
 from smidgen.data.tokenise import encode_prompt, encode_text
@@ -9,6 +11,10 @@ from smidgen.data.tokenise import encode_prompt, encode_text
 __all__ = [
     "Batch",
     "DataReport",
+    "LabelledRows",
+    "PairRow",
+    "PairRows",
+    "Preferences",
     "Prepared",
     "TokenRow",
     "TokenRows",
@@ -17,4 +23,5 @@ __all__ = [
     "epoch_plan",
     "micro_batches",
     "prepare_data",
+    "prepare_preferences",
 ]

@@ -15,6 +15,7 @@ from smidgen.data.messages import (
     BadRow,
     Message,
     Unusable,
+    add_system,
     check_order,
     kind_of,
     optional_text,
@@ -45,13 +46,14 @@ class Format:
     needs: the fields that every row has; they tell the format.
     takes: further fields that are read where they stand.
     style: the prompt for tokenizers that have no chat template: 'alpaca', 'plain' (prompt, then completion) or 'text'.
+    convert: line number and row to an `Example`, or to what the formats of another table give.
     """
 
     name: str
     needs: tuple[str, ...]
     takes: tuple[str, ...]
     style: str
-    convert: Callable[[int, Mapping[str, Any]], Example]
+    convert: Callable[[int, Mapping[str, Any]], Any]
 
 
 def _exchange(line: int, system: str, earlier: Iterable[tuple[str, str]], prompt: str, completion: str) -> Example:
@@ -109,9 +111,7 @@ def _chat(name: str) -> Callable[[int, Mapping[str, Any]], Example]:
         if not isinstance(turns, list):
             raise BadRow(f"field '{name}' must be a list of messages, got {kind_of(turns)}")
         messages = [read_message(f"{name}[{index}]", turn) for index, turn in enumerate(turns)]
-        system = optional_text(row, "system")
-        if system.strip() and not (messages and messages[0]["role"] == "system"):
-            messages.insert(0, {"role": "system", "content": system})
+        add_system(messages, row)
         check_order(messages)
         return Example(line, messages, None, read_tools(row))
 
@@ -136,7 +136,9 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def detect_format(fields: Iterable[str], where: str, *, prefer_text: bool = False) -> Format:
+def detect_format(
+    fields: Iterable[str], where: str, *, prefer_text: bool = False, formats: Mapping[str, Format] = FORMATS
+) -> Format:
     """Answer the first format of the table whose fields are all among `fields`; with `prefer_text`, text where it fits.
 
     Raises:
@@ -145,25 +147,25 @@ def detect_format(fields: Iterable[str], where: str, *, prefer_text: bool = Fals
     present = set(fields)
     if prefer_text and "text" in present:
         return FORMATS["text"]
-    for format in FORMATS.values():
+    for format in formats.values():
         if present.issuperset(format.needs):
             return format
-    known = "; ".join(f"{format.name}: {', '.join(format.needs)}" for format in FORMATS.values())
+    known = "; ".join(f"{format.name}: {', '.join(format.needs)}" for format in formats.values())
     raise DataError(
         f"{where}: no known format has the fields {shown(', '.join(sorted(present))) or '(none)'}. Known: {known}. "
         "Fix: name the fields with 'columns', for example columns: {prompt: title, completion: body}"
     )
 
 
-def named_format(name: str) -> Format:
+def named_format(name: str, formats: Mapping[str, Format] = FORMATS) -> Format:
     """Answer the format called `name`.
 
     Raises:
         DataError: there is none.
     """
-    if name not in FORMATS:
-        raise DataError(f"data.format: no '{name}'{did_you_mean(name, FORMATS)}. There are: {', '.join(FORMATS)}.")
-    return FORMATS[name]
+    if name not in formats:
+        raise DataError(f"data.format: no '{name}'{did_you_mean(name, formats)}. There are: {', '.join(formats)}.")
+    return formats[name]
 
 
 @dataclass
@@ -190,7 +192,7 @@ class FileRows:
 
     path: str
     format: Format
-    examples: list[Example]
+    examples: list[Any]  # what the format gives, an Example for each row
     unusable: Tally
     ignored: Counter[str]  # unknown fields, and in how many rows
 
@@ -202,17 +204,19 @@ def convert_rows(
     format: Format | None,
     columns: Mapping[str, str] | None = None,
     prefer_text: bool = False,
+    formats: Mapping[str, Format] = FORMATS,
 ) -> FileRows:
     """Convert the rows of one file.
 
     Args:
         format: None: detected from the first row.
         columns: our name of a field -> the file's name; where given, no other field is read.
+        formats: the table that the format is in.
 
     Raises:
         DataError: a line for each kind of mistake, naming the first row and counting the others.
     """
-    examples: list[Example] = []
+    examples: list[Any] = []
     unusable, bad = Tally(), Tally()
     ignored: Counter[str] = Counter()
     known: frozenset[str] = frozenset()
@@ -230,7 +234,7 @@ def convert_rows(
         if columns:
             row = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
         if not known:
-            format = format or detect_format(row, f"{path}:{line}", prefer_text=prefer_text)
+            format = format or detect_format(row, f"{path}:{line}", prefer_text=prefer_text, formats=formats)
             known = frozenset((*format.needs, *format.takes))
         assert format is not None
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smidgen.foreign import parse_json, shown
@@ -31,6 +31,11 @@ _KINDS = {
 
 def kind_of(value: object) -> str:
     return _KINDS.get(type(value), type(value).__name__)
+
+
+def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many characters or messages the two begin with in common."""
+    return next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def text_of(row: Mapping[str, Any], name: str) -> str:
@@ -116,6 +121,13 @@ def read_tools(row: Mapping[str, Any]) -> list[Any] | None:
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRow("field 'tools' must be a list of objects")
     return tools
+
+
+def add_system(messages: list[Message], row: Mapping[str, Any]) -> None:
+    """Put the row's field 'system' first, unless it is empty or the chat has a system message."""
+    system = optional_text(row, "system")
+    if system.strip() and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": system})
 
 
 def check_order(messages: list[Message]) -> None:

@@ -70,10 +70,7 @@ def prepare_data(
         DataError: files or rows are wrong, no token would be learned, or no stop token would.
     """
     weights = _weights(data.train)
-    if data.eval and any(source.weight is not None for source in data.eval):
-        raise DataError("data.eval: weights are for training data; evaluation takes every row once")
-    if data.eval and data.eval_size is not None:
-        raise DataError("data: give eval or eval_size, not both")
+    check_eval(data)
     maker = _Maker(data, tokenizer, objective, cache_dir, stop_ids, progress)
     train, train_report = maker.rows(data.train)
     check.require_supervised(train, train_report)
@@ -112,6 +109,14 @@ def prepare_data(
         mixture=mixture,
     )
     return Prepared(train, evaluation, report, maker.template.text if maker.template else None)
+
+
+def check_eval(data: DataRecipe) -> None:
+    """Raise `DataError` where what is said about evaluation data contradicts itself."""
+    if data.eval and any(source.weight is not None for source in data.eval):
+        raise DataError("data.eval: weights are for training data; evaluation takes every row once")
+    if data.eval and data.eval_size is not None:
+        raise DataError("data: give eval or eval_size, not both")
 
 
 def _weights(sources: Sequence[Source]) -> list[float]:
@@ -200,8 +205,7 @@ class _Maker:
 
     def _make(self, files: Sequence[tuple[Path, Source]]) -> tuple[TokenRows, dict[str, Any]]:
         found = self._read(files)
-        styles = {file.format.style for file in found} - {"text"}
-        style = "alpaca" if "alpaca" in styles else "plain" if styles else ""
+        style = prompt_style(found)
         self._choose(style)
         tokeniser = Tokeniser(
             self.tokenizer,
@@ -211,37 +215,14 @@ class _Maker:
             max_length=self.data.max_length,
             on_long=self.data.on_long,
         )
-        store = RowStore()
-        mistakes: list[str] = []
-        clock = _Clock(self.progress, sum(len(file.examples) for file in found))
-        reports = []
-        for number, file in enumerate(found):
-            left = Tally(dict(file.unusable.lines))
-            wrong = Tally()
-            for pieces in tokeniser.pieces(file.examples):
-                clock.tick(file.path, pieces)
-                store.add(number, [piece for piece in pieces if isinstance(piece, Piece)])
-                for piece in pieces:
-                    if isinstance(piece, Left):
-                        (wrong if piece.mistake else left).add(piece.reason, str(piece.line))
-            mistakes += wrong.problems(file.path)
-            reports.append(
-                FileReport(
-                    file.path,
-                    file.format.name,
-                    len(file.examples) + file.unusable.count(),
-                    dict(file.ignored),
-                    {reason: (len(lines), lines[:_PLACES]) for reason, lines in left.lines.items()},
-                )
-            )
-        raise_all(DataError, mistakes)
+        rows, reports = make_rows(found, lambda file: tokeniser.pieces(file.examples), self.progress)
         notes = {
             "files": [dataclasses.asdict(report) for report in reports],
             "cuts": dataclasses.asdict(tokeniser.cuts),
             "prompts": check.same_prompts(tokeniser, [example for file in found for example in file.examples]),
             "style": style,
         }
-        return store.rows([file.path for file in found]), notes
+        return rows, notes
 
     def _read(self, files: Sequence[tuple[Path, Source]]) -> list[FileRows]:
         """All files; what is wrong with each is told at once."""
@@ -275,6 +256,49 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def prompt_style(files: Sequence[FileRows]) -> str:
+    """The style of the prompts where the tokenizer has no template; an empty text where there are texts alone."""
+    styles = {file.format.style for file in files} - {"text"}
+    return "alpaca" if "alpaca" in styles else "plain" if styles else ""
+
+
+def make_rows(
+    files: Sequence[FileRows],
+    pieces_of: Callable[[FileRows], Iterator[list[Piece | Left]]],
+    progress: Progress | None,
+) -> tuple[TokenRows, list[FileReport]]:
+    """Tokenise the rows of files; `pieces_of` does it for one file, chunk by chunk.
+
+    Raises:
+        DataError: rows that must not be left out; all are told at once.
+    """
+    store = RowStore()
+    mistakes: list[str] = []
+    clock = _Clock(progress, sum(len(file.examples) for file in files))
+    reports = []
+    for number, file in enumerate(files):
+        left = Tally(dict(file.unusable.lines))
+        wrong = Tally()
+        for pieces in pieces_of(file):
+            clock.tick(file.path, pieces)
+            store.add(number, [piece for piece in pieces if isinstance(piece, Piece)])
+            for piece in pieces:
+                if isinstance(piece, Left):
+                    (wrong if piece.mistake else left).add(piece.reason, str(piece.line))
+        mistakes += wrong.problems(file.path)
+        reports.append(
+            FileReport(
+                file.path,
+                file.format.name,
+                len(file.examples) + file.unusable.count(),
+                dict(file.ignored),
+                {reason: (len(lines), lines[:_PLACES]) for reason, lines in left.lines.items()},
+            )
+        )
+    raise_all(DataError, mistakes)
+    return store.rows([file.path for file in files]), reports
 
 
 def _add_system(examples: list[Example], system: str) -> None:

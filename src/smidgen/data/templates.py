@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smidgen.data.formats import Example, Message
+from smidgen.data.messages import common_start
 from smidgen.data.metering import TemplateLimit
 from smidgen.data.sandbox import LONGEST_TEMPLATE, Sandbox
 from smidgen.errors import DataError
@@ -85,7 +86,7 @@ class ChatTemplate:
         answer = whole.find(_ANSWER)
         if answer < 0:
             raise DataError(f"{origin}: the template does not write the assistant's answer")
-        shared = _common_prefix(header[:answer], whole)
+        shared = common_start(header[:answer], whole)
         between = whole[shared:answer]
         # White space alone is left to the answer: tokenizers join it to the first word.
         self._opening, self._gap = (between, "") if between.strip() else ("", between)
@@ -278,8 +279,3 @@ def _calls_as_text(message: Mapping[str, Any]) -> Message:
     text = "\n".join(json.dumps(call, ensure_ascii=False) for call in calls)
     kept = {key: value for key, value in message.items() if key != "tool_calls"}
     return {**kept, "content": "\n".join(part for part in (message["content"], text) if part)}
-
-
-def _common_prefix(one: str, other: str) -> int:
-    length = min(len(one), len(other))
-    return next((at for at in range(length) if one[at] != other[at]), length)

@@ -210,17 +210,22 @@ class Tokeniser:
     def _chat_piece(self, example: Example, chat: Rendered, encoding: Any) -> Piece | Left:
         ids, learned = self._learned(chat, encoding)
         self.cuts.not_found += chat.lost
-        state = COMPLETE
-        if len(ids) > self.max_length:
-            self.cuts.long += 1
-            if self.on_long in ("drop", "error"):
-                return self._refuse(example.line, ids)
-            ids, learned, state = self._shorten(example, ids, learned)
-            if not learned:
-                self.cuts.nothing_left += 1
-                return Left(example.line, f"response beyond max_length={self.max_length}")
         if not learned:
             return Left(example.line, "the template rewrites its assistant turns" if chat.lost else "no assistant turn")
+        return self.fit(example, Piece(ids, learned, example.line, COMPLETE))
+
+    def fit(self, example: Example, piece: Piece, excess: int = 0) -> Piece | Left:
+        """Bring a tokenised chat down to `max_length`; `excess`: see `_shorten`."""
+        over = len(piece.ids) - self.max_length
+        if max(over, excess) <= 0:
+            return piece
+        self.cuts.long += over > 0
+        if self.on_long in ("drop", "error"):
+            return self._refuse(example.line, piece.ids)
+        ids, learned, state = self._shorten(example, piece, max(over, excess))
+        if not learned:
+            self.cuts.nothing_left += 1
+            return Left(example.line, f"response beyond max_length={self.max_length}")
         return Piece(ids, learned, example.line, state)
 
     def _learned(self, chat: Rendered, encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
@@ -251,27 +256,29 @@ class Tokeniser:
         self.cuts.ending_lost += 1
         self.cuts.tokens_lost += len(ids) - self.max_length
 
-    def _shorten(
-        self, example: Example, ids: list[int], learned: list[tuple[int, int]]
-    ) -> tuple[list[int], list[tuple[int, int]], int]:
+    def _shorten(self, example: Example, piece: Piece, excess: int) -> tuple[list[int], list[tuple[int, int]], int]:
         """Bring a chat down to `max_length`.
 
         'truncate' cuts the end. 'truncate_prompt' first leaves out the oldest exchanges as wholes, then the beginning
         of the longest message that is not an answer (of which a quarter of `max_length` stays), and the end at last.
+
+        Args:
+            excess: how many tokens the prompt is to lose: as many as are too many here, or in the longer of two rows
+                with the same prompt, so that it stays the same in both.
         """
-        state = COMPLETE
+        ids, learned, state = piece.ids, piece.learned, COMPLETE
         if self.on_long == "truncate_prompt":
-            before = len(ids)
+            before, fits = len(ids), len(ids) - excess
             chat = example.messages
-            while len(ids) > self.max_length and (shorter := _without_oldest(chat)):
+            while len(ids) > fits and (shorter := _without_oldest(chat)):
                 chat = shorter
                 ids, learned = self._again(example._replace(messages=chat))
                 state = PROMPT_CUT
             self.cuts.turns_cut += state == PROMPT_CUT
-            if len(ids) > self.max_length and not self.learn_all:
-                shorter_ids, shorter_learned = self._cut_prompt(example._replace(messages=chat), ids, learned)
-                if len(shorter_ids) < len(ids):
-                    ids, learned, state = shorter_ids, shorter_learned, PROMPT_CUT
+            if len(ids) > fits and not self.learn_all:
+                cut_ids, cut_learned = self._cut_prompt(example._replace(messages=chat), ids, learned, len(ids) - fits)
+                if len(cut_ids) < len(ids):
+                    ids, learned, state = cut_ids, cut_learned, PROMPT_CUT
                     self.cuts.prompt_cut += 1
             self.cuts.tokens_lost += before - len(ids)
         if len(ids) > self.max_length:
@@ -289,9 +296,9 @@ class Tokeniser:
         return self._learned(chat, self.encoder.encode([chat.text])[0])
 
     def _cut_prompt(
-        self, example: Example, ids: list[int], learned: list[tuple[int, int]]
+        self, example: Example, ids: list[int], learned: list[tuple[int, int]], excess: int
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Take tokens from the beginning of the longest message that is not an answer."""
+        """Take up to `excess` tokens from the beginning of the longest message that is not an answer."""
         assert self.template is not None
         chat = self.template.render([example])[0]
         longest = max((m["content"].strip() for m in example.messages if m["role"] != "assistant"), key=len, default="")
@@ -301,7 +308,7 @@ class Tokeniser:
         shift = len(ids) - len(encoding)
         first = shift + _token_at(encoding, place, len(chat.text))
         end = shift + _token_at(encoding, place + len(longest), len(chat.text))
-        cut = min(len(ids) - self.max_length, end - first - self.max_length // 4)
+        cut = min(excess, end - first - self.max_length // 4)
         if cut <= 0 or any(start < end and first < stop for start, stop in learned):
             return ids, learned
         moved = [(a - cut, b - cut) if a >= end else (a, b) for a, b in learned]
