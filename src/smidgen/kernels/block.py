@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from smidgen.kernels import native
 from smidgen.kernels.attention import Scores, attended, attended_backward
+from smidgen.kernels.dequantize import Packed, outputs
 from smidgen.kernels.gated import Activation, gated_backward, gated_forward
 from smidgen.kernels.lora import Linear, LowRank, product, product_backward, product_gradients
 from smidgen.kernels.native import autocast
@@ -73,13 +74,14 @@ def add_feed_forward(x: Tensor, part: FeedForward, frugal: bool = False) -> Tens
 
 
 def takes(x: Tensor, part: Attention | FeedForward) -> bool:
-    """Whether native code can run: plain CPU tensors, of the type of `x` but for low-rank factors."""
-    return native.takes(x, *_tensors(part, factors=False)) and all(factor.is_cpu for factor in _tensors(part))
+    """Whether native code can run: plain CPU tensors of the type of `x`, or made dense in it, but for factors."""
+    on_cpu = all(tensor.is_cpu for tensor in _tensors(part))
+    return on_cpu and native.takes(x, *_tensors(part, whole=False)) and _dense_types(part) <= {x.dtype}
 
 
 def autocasted(part: Any) -> Any:
-    """`part` with its tensors as autocast takes them, where it is on; low-rank factors stay as exact as they are."""
-    return _map(part, autocast, factors=False)
+    """`part` with its tensors as autocast takes them, where it is on; factors and what is stored stay as they are."""
+    return _map(part, autocast, whole=False)
 
 
 # ---- trees of tuples whose leaves may be tensors ----
@@ -87,12 +89,15 @@ def autocasted(part: Any) -> Any:
 _PLACE = object()  # stands for a tensor in a tree that is kept without them
 
 
-def _map(tree: Any, change: Callable[[Any], Any], factors: bool = True) -> Any:
-    """`tree` with what `change` makes of each tensor, or of the place of one, in order; also of low-rank factors."""
-    if isinstance(tree, LowRank) and not factors:
+def _map(tree: Any, change: Callable[[Any], Any], whole: bool = True) -> Any:
+    """`tree` with what `change` makes of each tensor, or of the place of one, in order.
+
+    whole: also of low-rank factors and of stored weights, which are of types of their own.
+    """
+    if isinstance(tree, LowRank | Packed) and not whole:
         return tree
     if isinstance(tree, tuple):
-        parts = [_map(part, change, factors) for part in tree]
+        parts = [_map(part, change, whole) for part in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
     return change(tree) if isinstance(tree, Tensor) or tree is _PLACE else tree
 
@@ -101,10 +106,17 @@ def _place(tensor: Tensor) -> Any:
     return _PLACE
 
 
-def _tensors(tree: Any, factors: bool = True) -> list[Tensor]:
+def _tensors(tree: Any, whole: bool = True) -> list[Tensor]:
     found: list[Tensor] = []
-    _map(tree, found.append, factors)
+    _map(tree, found.append, whole)
     return found
+
+
+def _dense_types(tree: Any) -> set[torch.dtype]:
+    """What stored weights are made dense in."""
+    if isinstance(tree, Packed):
+        return {tree.dtype}
+    return set().union(*map(_dense_types, tree)) if isinstance(tree, tuple) else set()
 
 
 def _filled(skeleton: Any, values: Iterator[Any]) -> Any:
@@ -165,7 +177,7 @@ def _products_backward(
 
 def _room(layers: tuple[Linear, ...], rows: int, widths: Sequence[int], dtype: torch.dtype) -> tuple[list, list]:
     """New gradients of the outputs of `layers`, and the same cut to `widths`."""
-    whole = [torch.empty(rows, len(layer.weight), dtype=dtype) for layer in layers]
+    whole = [torch.empty(rows, outputs(layer.weight), dtype=dtype) for layer in layers]
     return whole, whole if len(layers) > 1 else list(whole[0].split(widths, dim=1))
 
 
@@ -228,7 +240,7 @@ def _heads(x: Tensor, part: Attention, where: Where) -> tuple[_Heads, Any]:
 
 def _widths(part: Attention) -> list[int]:
     few = part.kv_heads * part.head_width
-    return [sum(len(layer.weight) for layer in part.inputs) - 2 * few, few, few]
+    return [sum(outputs(layer.weight) for layer in part.inputs) - 2 * few, few, few]
 
 
 class _AddAttention(torch.autograd.Function):
@@ -329,5 +341,5 @@ class _AddFeedForward(torch.autograd.Function):
 
 
 def _gates(x: Tensor, part: FeedForward, lows: Any = None) -> tuple[list[Tensor], Any]:
-    width = sum(len(layer.weight) for layer in part.inputs) // 2
+    width = sum(outputs(layer.weight) for layer in part.inputs) // 2
     return _products(x, part.inputs, [width, width], lows)

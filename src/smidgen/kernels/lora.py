@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from smidgen.errors import UsageError
+from smidgen.kernels.dequantize import Packed, Stack, matrix, outputs
 from smidgen.kernels.dropout import dropout, dropped, mask_arguments
-from smidgen.kernels.native import Kernel, plain, rows, takes
+from smidgen.kernels.native import Kernel, eager, plain, rows, takes
 
 _LARGEST_RANK = 32
 _MOST_PARTS = 16  # partial sums of a factor's gradient, one for each part of the rows
@@ -43,22 +44,27 @@ class LowRank(NamedTuple):
 class Linear(NamedTuple):
     """A linear layer and its updates; or for each of its tensors the gradient, or whether that is wanted."""
 
-    weight: Any  # (O, I)
+    weight: Any  # (O, I), or how it is stored
     bias: Any  # (O,) or None
     updates: tuple[LowRank, ...]
 
 
-def as_one(x: Tensor, *others: Tensor | None) -> bool:
+def as_one(x: Tensor, weight: Tensor | Packed | Stack, bias: Tensor | None = None) -> bool:
     """Whether `lora_linear` is one operation for an input and such weights, and nothing else decides on its type."""
-    return plain(x, *others) and not torch.is_autocast_enabled(x.device.type)
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    if isinstance(weight, Tensor):
+        return plain(x, weight, bias)
+    # On every device: otherwise the dense weight would be kept for backward.
+    return eager(x, bias) and weight.dtype == x.dtype
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[LowRank]) -> Tensor:
+def lora_linear(x: Tensor, weight: Tensor | Packed | Stack, bias: Tensor | None, adapters: Sequence[LowRank]) -> Tensor:
     """x W^T + bias + the sum of scaling dropout(x) A^T B^T over the adapters.
 
     Args:
         x: (..., I), of the type of `weight`.
-        weight: (O, I). bias: (O,), of the same type.
+        weight: (O, I); one that is stored is made dense for each product. bias: (O,), of the same type.
         adapters: the updates, whose factors may be of another type; each has its own rank, dropout and seed.
 
     Returns:
@@ -67,22 +73,25 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequen
     Raises:
         UsageError: shapes do not fit.
     """
+    size = outputs(weight), x.shape[-1]
     for i, adapter in enumerate(adapters):
-        if adapter.a.shape != (adapter.b.shape[1], weight.shape[1]) or adapter.b.shape[0] != weight.shape[0]:
+        if adapter.a.shape != (adapter.b.shape[1], size[1]) or adapter.b.shape[0] != size[0]:
             raise UsageError(
                 f"adapter {i}: A {tuple(adapter.a.shape)} and B {tuple(adapter.b.shape)} must be (R, I) and (O, R) for "
-                f"the weight (O, I) = {tuple(weight.shape)}"
+                f"the weight (O, I) = {size}"
             )
-    if not plain(x, weight, bias):
+    if not (plain(x, weight, bias) if isinstance(weight, Tensor) else eager(x, bias)):
         return lora_linear_reference(x, weight, bias, adapters)
     factors = [factor for adapter in adapters for factor in (adapter.a, adapter.b)]
     settings = [(adapter.scaling, adapter.p, adapter.seed) for adapter in adapters]
     return _LoraLinear.apply(x, weight, bias, settings, *factors)
 
 
-def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[LowRank]) -> Tensor:
+def lora_linear_reference(
+    x: Tensor, weight: Tensor | Packed | Stack, bias: Tensor | None, adapters: Sequence[LowRank]
+) -> Tensor:
     """`lora_linear` in plain PyTorch."""
-    y = functional.linear(x, weight, bias)
+    y = functional.linear(x, matrix(weight), bias)
     for a, b, scaling, p, seed, _ in adapters:
         low = functional.linear(dropout(x, p, seed).to(y.dtype), a.to(y.dtype))
         y = y + functional.linear(low, (scaling * b).to(y.dtype))
@@ -131,7 +140,7 @@ def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
 
 def product(x: Tensor, layer: Linear, lows: Sequence[Tensor] | None = None) -> tuple[Tensor, Sequence[Tensor]]:
     """`lora_linear` without autograd, of a matrix x (N, I), and x A^T of each update unless they are given."""
-    y = functional.linear(x, layer.weight, layer.bias)
+    y = functional.linear(x, matrix(layer.weight), layer.bias)
     if lows is None:
         lows = [down(x, update.a.float(), update.p, update.seed) for update in layer.updates]
     for update, low in zip(layer.updates, lows):
@@ -151,7 +160,8 @@ def product_backward(
     lows = [down(_outputs(grad, update), update.b.float().t()) * update.scaling for update in layer.updates]
     if not of_x:
         return None, lows
-    grad_x = grad @ layer.weight if add_to is None else add_to.addmm_(grad, layer.weight)
+    weight = matrix(layer.weight)
+    grad_x = grad @ weight if add_to is None else add_to.addmm_(grad, weight)
     for update, low in zip(layer.updates, lows):
         up(grad_x, low, update.a.float(), update.p, update.seed)
     return grad_x, lows
@@ -170,7 +180,8 @@ def product_gradients(
         of_a = outer(grad_low, x, update.p, update.seed).to(update.a.dtype) if want.a else None
         of_b = outer(low * update.scaling, _outputs(grad, update)).t().to(update.b.dtype) if want.b else None
         updates.append(update._replace(a=of_a, b=of_b))
-    of_weight, of_bias = grad.t() @ x if wanted.weight else None, grad.sum(0) if wanted.bias else None
+    of_weight = grad.t() @ x if wanted.weight is True else None
+    of_bias = grad.sum(0) if wanted.bias else None
     return Linear(of_weight, of_bias, tuple(updates))
 
 
@@ -180,18 +191,18 @@ def _outputs(y: Tensor, update: LowRank) -> Tensor:
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, settings: list, *factors: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Any, bias: Tensor | None, settings: list, *factors: Tensor) -> Tensor:
         y, lows = product(rows(x).contiguous(), _layer(weight, bias, settings, factors))
-        ctx.settings = settings
-        ctx.save_for_backward(x, weight, bias, *factors, *lows)
-        return y.view(*x.shape[:-1], len(weight))
+        ctx.settings, ctx.stored = settings, None if isinstance(weight, Tensor) else weight
+        ctx.save_for_backward(x, None if ctx.stored else weight, bias, *factors, *lows)
+        return y.view(*x.shape[:-1], outputs(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Any:
         x, weight, bias, *rest = ctx.saved_tensors
         count = 2 * len(ctx.settings)
-        layer = _layer(weight, bias, ctx.settings, rest[:count])
+        layer = _layer(ctx.stored or weight, bias, ctx.settings, rest[:count])
         of_x, of_weight, of_bias, _, *of_factors = ctx.needs_input_grad
         g = rows(grad).contiguous()
         grad_x, grad_lows = product_backward(g, layer, of_x)
