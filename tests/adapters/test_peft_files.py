@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import pytest
@@ -15,13 +17,44 @@ from safetensors.torch import load_file
 from torch import nn
 
 import smidgen
+from smidgen.adapters.attach import adapters_of
+from smidgen.registry import METHODS
 from tests.conftest import logits, perturb, tokens
-from tests.laws.cases import LORA_CASES, NOT_EQUAL_TO_PEFT
+from tests.laws.cases import CASES, NOT_EQUAL_TO_PEFT
+
+SAME = [
+    (method, name)
+    for method, cases in CASES.items()
+    for name in cases
+    if not NOT_EQUAL_TO_PEFT.keys() & {(method, name), (method, "*")}
+]
 
 
-@pytest.fixture(params=[case for case in LORA_CASES if case not in NOT_EQUAL_TO_PEFT], ids=str)
-def case(request: pytest.FixtureRequest) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
-    return LORA_CASES[request.param]
+class Case(NamedTuple):
+    """A case: its name, the bare model, and the options of the method's configuration."""
+
+    method: str
+    build: Callable[[], nn.Module]
+    options: dict[str, Any]
+
+    def ours(self) -> Any:
+        """The model with the method's adapter."""
+        config_class = METHODS[self.method].load().config_class
+        return smidgen.get_peft_model(self.build(), config_class(**copy.deepcopy(self.options))).eval()
+
+    def theirs(self) -> Any:
+        """The same of peft."""
+        config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[METHODS[self.method].load().config_class.peft_type]
+        return peft.get_peft_model(self.build(), config_class(**copy.deepcopy(self.options))).eval()
+
+
+@pytest.fixture(params=SAME, ids=lambda key: f"{key[0]}-{key[1]}")
+def case(request: pytest.FixtureRequest) -> Case:
+    method, name = request.param
+    options = CASES[method][name][1]
+    known = {field.name for field in dataclasses.fields(METHODS[method].load().config_class)}
+    assert options.keys() <= known
+    return Case(method, CASES[method][name][0], options)
 
 
 @pytest.fixture(autouse=True)
@@ -35,45 +68,46 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "adapter_config.json").read_text())
 
 
-def test_what_peft_writes_loads_here(case: Any, tmp_path: Path) -> None:
-    build, options = case
-    theirs = peft.get_peft_model(build(), peft.LoraConfig(**options)).eval()
+def test_what_peft_writes_loads_here(case: Case, tmp_path: Path) -> None:
+    theirs = case.theirs()
     perturb(theirs)
     theirs.save_pretrained(tmp_path)
-    ours = smidgen.PeftModel.from_pretrained(build(), tmp_path)
-    expected, base = logits(theirs, tokens()), logits(build(), tokens())
+    ours = smidgen.PeftModel.from_pretrained(case.build(), tmp_path)
+    expected, base = logits(theirs, tokens()), logits(case.build(), tokens())
     assert (expected - base).abs().max() > 1e-2  # the adapter does something
     torch.testing.assert_close(logits(ours, tokens()), expected, atol=1e-5, rtol=0)
 
 
-def test_what_we_write_loads_in_peft(case: Any, tmp_path: Path) -> None:
-    build, options = case
-    ours = smidgen.get_peft_model(build(), smidgen.LoraConfig(**options)).eval()
+def test_what_we_write_loads_in_peft(case: Case, tmp_path: Path) -> None:
+    ours = case.ours()
     perturb(ours)
     ours.save_pretrained(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path)).eval()
-    expected, base = logits(ours, tokens()), logits(build(), tokens())
+    theirs = peft.PeftModel.from_pretrained(case.build(), str(tmp_path)).eval()
+    expected, base = logits(ours, tokens()), logits(case.build(), tokens())
     assert (expected - base).abs().max() > 1e-2
     torch.testing.assert_close(logits(theirs, tokens()), expected, atol=1e-5, rtol=0)
 
 
-def test_keys_shapes_and_fields_equal_pefts(case: Any, tmp_path: Path) -> None:
-    build, options = case
-    peft.get_peft_model(build(), peft.LoraConfig(**options)).save_pretrained(tmp_path / "theirs")
-    smidgen.get_peft_model(build(), smidgen.LoraConfig(**options)).save_pretrained(tmp_path / "ours")
+def test_keys_shapes_and_fields_equal_pefts(case: Case, tmp_path: Path) -> None:
+    case.theirs().save_pretrained(tmp_path / "theirs")
+    model = case.ours()
+    model.save_pretrained(tmp_path / "ours")
     shapes = [
         {key: tuple(tensor.shape) for key, tensor in load_file(tmp_path / who / "adapter_model.safetensors").items()}
         for who in ("ours", "theirs")
     ]
-    assert shapes[0] == shapes[1]
+    repeated = {key for path, adapter in adapters_of(model, "default") for key in adapter.repeated(path)}
+    assert shapes[0] == {key: shape for key, shape in shapes[1].items() if key not in repeated}
     ours, theirs = config_of(tmp_path / "ours"), config_of(tmp_path / "theirs")
-    assert ours.keys() <= theirs.keys()
+    assert ours.keys() - METHODS[case.method].load().config_class.beyond_format <= theirs.keys()
+    assert {name for name in ours if name in case.options and ours[name] != plain(case.options[name])} == set()
 
 
-def test_number_of_trained_parameters_equals_pefts(case: Any) -> None:
-    build, options = case
-    if options.get("target_modules") == ["embed_tokens"] and options.get("ensure_weight_tying"):
+def plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def test_number_of_trained_parameters_equals_pefts(case: Case) -> None:
+    if case.options.get("target_modules") == ["embed_tokens"] and case.options.get("ensure_weight_tying"):
         pytest.skip("peft counts the mirrored factors twice")
-    theirs = peft.get_peft_model(build(), peft.LoraConfig(**options))
-    ours = smidgen.get_peft_model(build(), smidgen.LoraConfig(**options))
-    assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+    assert case.ours().get_nb_trainable_parameters()[0] == case.theirs().get_nb_trainable_parameters()[0]

@@ -16,23 +16,48 @@ import torch
 from torch import Tensor
 
 import smidgen
-from smidgen.adapters.attach import Below, adapted_modules, adapters_of
+from smidgen.adapters.attach import Below, adapted_modules, adapters_of, fold
 from smidgen.adapters.base import Adapter, WeightAdapter
 from smidgen.errors import UsageError
 from smidgen.registry import METHODS
-from tests.conftest import logits, perturb, tokens, toy
-from tests.laws.cases import CASES, NOT_IDENTITY_AT_START
+from tests.conftest import logits, perturb, tiny_gpt2, tokens, toy
+from tests.laws.cases import (
+    BASES,
+    CASES,
+    NOT_IDENTITY_AT_START,
+    QUICK,
+    REFUSED_ON_STORED_BASES,
+    grouped,
+    on_base,
+)
 
-ALL = [(method, case) for method, cases in CASES.items() for case in cases]
+ALL = [(method, case, "plain") for method, cases in CASES.items() for case in cases]
+STORED = [
+    (method, case, base)
+    for base in BASES[1:]
+    for method, cases in CASES.items()
+    for case, (build, _) in cases.items()
+    if build not in (toy, grouped) and (method, case) not in REFUSED_ON_STORED_BASES
+]
 
 
-@pytest.fixture(params=ALL, ids=lambda key: f"{key[0]}-{key[1]}")
+def quick(key: tuple[str, str, str]) -> bool:
+    method, case, base = key
+    return case in QUICK[base][method]
+
+
+def marked(key: tuple[str, str, str]) -> Any:
+    return pytest.param(key, id="-".join(key), marks=[pytest.mark.slow] * (not quick(key)))
+
+
+@pytest.fixture(params=map(marked, [*ALL, *STORED]))
 def law(request: pytest.FixtureRequest) -> SimpleNamespace:
-    """A case: its name, `build()` for the bare model, `config()` for a new configuration."""
-    method, case = request.param
-    build, options = CASES[method][case]
+    """A case: its name, `plain()` for the model, `build()` for it on its base, `config()` for a new configuration."""
+    method, case, base = request.param
+    plain, options = CASES[method][case]
     make = METHODS[method].load().config_class
-    return SimpleNamespace(key=request.param, build=build, config=lambda: make(**copy.deepcopy(options)))
+    config = lambda: make(**copy.deepcopy(options))  # noqa: E731
+    return SimpleNamespace(key=request.param[:2], plain=plain, build=on_base(plain, base), config=config)
 
 
 def adapted(law: SimpleNamespace, move: bool = True, name: str = "default") -> Any:
@@ -54,7 +79,7 @@ def test_every_adapter_of_the_registry_has_cases() -> None:
 
 def test_exceptions_name_a_case_and_a_reason() -> None:
     for key, reason in NOT_IDENTITY_AT_START.items():
-        assert key in ALL and len(reason) > 20
+        assert (*key, "plain") in ALL and len(reason) > 20
     print(f"exceptions: {len(NOT_IDENTITY_AT_START)} of {len(ALL)} cases do not start as the base model")
 
 
@@ -73,10 +98,11 @@ def test_forward_equals_apply_of_merge(law: SimpleNamespace) -> None:
     logits(model, tokens())
     checked = 0
     for path, adapter in adapters_of(model, "default"):
-        if isinstance(adapter, WeightAdapter) and getattr(adapter, "groups", 1) == 1:
-            (x, *_), out = calls[path]
-            below = Below(model.get_submodule(path), [])
-            same(below.apply(x, *adapter.merge(below.weight, below.bias)), out)
+        module: Any = model.get_submodule(path)
+        if getattr(module, "groups", 1) == 1 or "lora" not in law.key:
+            args, out = calls[path]
+            below = Below(module, [])
+            same(below.call_with(adapter.merged(fold(module, [])), *args), out)
             checked += 1
     assert checked
 
@@ -97,7 +123,7 @@ def test_merged_equals_unmerged_and_unmerge_is_exact(law: SimpleNamespace) -> No
 
 
 def test_merge_and_unload_answers_a_plain_model(law: SimpleNamespace) -> None:
-    model, plain = adapted(law), law.build()
+    model, plain = adapted(law), law.plain()
     expected = logits(model, tokens())
     merged = model.merge_and_unload()
     assert merged is model and type(merged) is type(plain)
@@ -107,7 +133,7 @@ def test_merge_and_unload_answers_a_plain_model(law: SimpleNamespace) -> None:
 
 def test_stack_of_unlike_adapters_equals_its_fold(law: SimpleNamespace) -> None:
     model = adapted(law, name="first")
-    layer = "linear" if law.build is toy else "mlp.c_proj" if "Conv1D" in law.key[1] else "o_proj"
+    layer = {toy: "linear", grouped: "linear", tiny_gpt2: "mlp.c_proj"}.get(law.plain, "o_proj")
     model.add_adapter("second", smidgen.LoraConfig(r=3, target_modules=[layer], use_dora=True))
     model.set_adapter(["first", "second"])
     perturb(model, seed=9)
@@ -155,7 +181,7 @@ def test_gradients_equal_those_through_the_merged_weight(law: SimpleNamespace) -
 
 
 def test_gradient_checkpointing_changes_nothing(law: SimpleNamespace) -> None:
-    if law.build is toy:
+    if law.plain in (toy, grouped):
         pytest.skip("a plain module has no gradient checkpointing")
     model = adapted(law).train()
     expected = gradients(model)
@@ -218,6 +244,16 @@ def test_base_stays_16_bit_and_adapter_fp32(law: SimpleNamespace) -> None:
     assert gap < 0.05
 
 
+@pytest.mark.parametrize("key", REFUSED_ON_STORED_BASES, ids="-".join)
+def test_what_trains_stored_weights_is_refused(key: tuple[str, str]) -> None:
+    build, options = CASES[key[0]][key[1]]
+    model = on_base(build, "nf4")()
+    expected = logits(model, tokens())
+    with pytest.raises(UsageError, match=REFUSED_ON_STORED_BASES[key]):
+        smidgen.get_peft_model(model, METHODS[key[0]].load().config_class(**options))
+    assert torch.equal(logits(model, tokens()), expected)
+
+
 @pytest.mark.slow
 def test_compiled_equals_eager(law: SimpleNamespace) -> None:
     torch._dynamo.reset()
@@ -249,13 +285,13 @@ warnings.simplefilter("ignore")
 import smidgen
 from safetensors.torch import load_file
 from tests.conftest import logits, tokens
-from tests.laws.cases import CASES
+from tests.laws.cases import CASES, on_base
 from pathlib import Path
 gaps = {}
-for method, case, folder in json.loads(Path(sys.argv[1]).read_text()):
-    model = smidgen.PeftModel.from_pretrained(CASES[method][case][0](), folder)
+for method, case, base, folder in json.loads(Path(sys.argv[1]).read_text()):
+    model = smidgen.PeftModel.from_pretrained(on_base(CASES[method][case][0], base)(), folder)
     expected = load_file(folder + "/expected.safetensors")["logits"]
-    gaps[f"{method}-{case}"] = (logits(model, tokens()) - expected).abs().max().item()
+    gaps[f"{method}-{case}-{base}"] = (logits(model, tokens()) - expected).abs().max().item()
 print(json.dumps(gaps))
 """
 
@@ -264,18 +300,20 @@ def test_saved_and_loaded_in_a_fresh_process_answers_the_same(tmp_path: Path) ->
     from safetensors.torch import save_file
 
     work = []
-    for index, (method, case) in enumerate(ALL):
+    for index, (method, case, base) in enumerate([*ALL, *filter(quick, STORED)]):
         build, options = CASES[method][case]
-        model = smidgen.get_peft_model(build(), METHODS[method].load().config_class(**copy.deepcopy(options))).eval()
+        model = smidgen.get_peft_model(
+            on_base(build, base)(), METHODS[method].load().config_class(**copy.deepcopy(options))
+        ).eval()
         perturb(model)
         folder = tmp_path / str(index)
         model.save_pretrained(folder)
         save_file({"logits": logits(model, tokens()).detach()}, folder / "expected.safetensors")
-        work.append((method, case, str(folder)))
+        work.append((method, case, base, str(folder)))
     (tmp_path / "work.json").write_text(json.dumps(work))
     script = [sys.executable, "-c", FRESH, str(tmp_path / "work.json")]
     done = subprocess.run(script, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr
     gaps = json.loads(done.stdout.splitlines()[-1])
-    assert len(gaps) == len(ALL)
+    assert len(gaps) == len(work)
     assert {name: gap for name, gap in gaps.items() if gap > 1e-6} == {}

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from smidgen.adapters.base import Adapter, Place, base_modules, in_adapter
 from smidgen.adapters.layers import Layer, layer_of
 from smidgen.adapters.trained import Mirror
-from smidgen.errors import MergeError, TargetError, UsageError
+from smidgen.errors import MergeError, TargetError, UsageError, raise_all
+from smidgen.kernels.dequantize import Packed
 from smidgen.kernels.lora import Linear
+from smidgen.quant.linear import QuantizedLinear
 
+_PRODUCTS = (nn.Linear.forward, QuantizedLinear.forward)  # nothing but x W^T + bias
 BASE = "__base__"  # the name that asks for no adapter at all, for a row of a batch
 
 
@@ -90,13 +93,13 @@ class Below:
         return self._tensors().get("bias")
 
     @property
-    def plain_weight(self) -> Tensor | None:
+    def plain_weight(self) -> Tensor | Packed | None:
         module = self.module
         plain = not self.names and "_inner_forward" not in module.__dict__
-        return module.weight if plain and module._original_class().forward is nn.Linear.forward else None
+        return kept_weight(module) if plain and module._original_class().forward in _PRODUCTS else None
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = self.module.weight.dtype
+        dtype = self.layer.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         return self.layer.linear(x, self.layer.matrix(weight), bias)
 
@@ -115,12 +118,17 @@ class Below:
 
 def fold(module: Any, names: list[str]) -> dict[str, Tensor]:
     """The module's tensors by name with the adapters `names` merged into them, lowest first."""
-    tensors: dict[str, Tensor] = {
-        name: tensor for name, tensor in [*module.named_parameters(), *module.named_buffers()] if not in_adapter(name)
-    }
+    tensors = _own_tensors(module)
     for name in names:
         tensors = module.adapters[name].merged(tensors)
     return tensors
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    if isinstance(module, QuantizedLinear):
+        return {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
+    own = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor for name, tensor in own if not in_adapter(name)}
 
 
 # --- the class in front -----------------------------------------------------------------------------------------
@@ -262,16 +270,23 @@ def _join_rows(answers: list[Any], order: list[int]) -> Any:
 def is_low_rank(module: Any) -> bool:
     """Whether the module is a plain linear layer now, or one with adapters that each add a low-rank update."""
     if not isinstance(module, Adapted):
-        return type(module) is nn.Linear and "forward" not in vars(module)
+        return type(module) in (nn.Linear, QuantizedLinear) and "forward" not in vars(module)
     instance_forward = module.__dict__.keys() & {"_inner_forward", "_outer_forward"}
-    plain = module._original_class() is nn.Linear and not instance_forward and module._state.rows is None
+    plain = (
+        module._original_class() in (nn.Linear, QuantizedLinear) and not instance_forward and module._state.rows is None
+    )
     return plain and all(adapter.is_low_rank() for adapter in _answering_adapters(module))
 
 
 def linear_of(module: Any) -> Linear:
     """A module of which `is_low_rank` holds, with the updates of one call."""
     updates = tuple(adapter.low_rank() for adapter in _answering_adapters(module))
-    return Linear(module.weight, module.bias, updates)
+    return Linear(kept_weight(module), module.bias, updates)
+
+
+def kept_weight(module: Any) -> Tensor | Packed:
+    """The weight of a linear layer as it is kept in memory."""
+    return (isinstance(module, QuantizedLinear) and module.packed) or module.weight
 
 
 def _answering_adapters(module: Any) -> list[Any]:
@@ -315,6 +330,7 @@ def attach(model: Any, state: State, name: str, places: list[Place], method: typ
         raise UsageError(f"adapter_name: there is an adapter '{name}' already; delete it first or take another name")
     shared = method.share(model, config, [place.path for place in places])
     built: list[tuple[Any, Adapter]] = []
+    problems: list[str] = []
     by_path: dict[str, Adapter] = {}
     for place in places:
         module = model.get_submodule(place.path)
@@ -322,12 +338,19 @@ def attach(model: Any, state: State, name: str, places: list[Place], method: typ
             raise TargetError(f"{place.path}: the module has an attribute 'adapters' of its own")
         if getattr(module, "_merged", None):
             raise UsageError(f"{place.path}: adapters are merged into this module; unmerge them first")
-        if place.mirrors is None:
-            adapter = place.adapter(module, place.config, shared)
-        else:
-            adapter = Mirror(module, by_path[place.mirrors])
+        try:
+            if place.mirrors is None:
+                adapter = place.adapter(module, place.config, shared)
+            elif place.mirrors in by_path:
+                adapter = Mirror(module, by_path[place.mirrors])
+            else:
+                continue  # what is wrong with its owner is told already
+        except TargetError as error:
+            problems.append(f"{place.path}: {error}")
+            continue
         by_path[place.path] = adapter
         built.append((module, adapter))
+    raise_all(TargetError, problems)
     for module, adapter in built:
         _adapt(module, state).adapters[name] = adapter.train(module.training)
     state.configs[name] = config
@@ -410,16 +433,16 @@ def _merge_module(path: str, module: Any, names: list[str], merged_once: dict[in
             raise MergeError(f"{path}.{name}: the merged tensor has values that are not finite; nothing was merged")
         owner, _, leaf = name.rpartition(".")
         holder = module.get_submodule(owner)
-        old = holder._parameters.get(leaf, holder._buffers.get(leaf))
-        tensor = tensor.to(old.dtype).contiguous()
+        old = holder._parameters.get(leaf, holder._buffers.get(leaf))  # None for a weight that is stored otherwise
+        tensor = tensor.to(before[name].dtype).contiguous()
         module._replaced.setdefault(name, old)
         if leaf in holder._buffers:
             holder._buffers[leaf] = tensor
             continue
-        twins = merged_once.setdefault(id(old), [])
+        twins = merged_once.setdefault(id(holder if old is None else old), [])
         new = next((twin for twin in twins if torch.equal(twin, tensor)), None)
         if new is None:
-            new = nn.Parameter(tensor, requires_grad=old.requires_grad)
+            new = nn.Parameter(tensor, requires_grad=before[name].requires_grad)
             twins.append(new)
         holder._parameters[leaf] = new
     module._merged.extend(names)

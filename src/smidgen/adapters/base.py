@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from smidgen.adapters.config import PeftConfig
 from smidgen.adapters.layers import Layer, layer_of
 from smidgen.errors import MergeError, TargetError
+from smidgen.kernels.dequantize import Packed
 from smidgen.kernels.lora import LowRank
 
 
@@ -36,8 +37,8 @@ class Inner(Protocol):
         """The effective bias."""
 
     @property
-    def plain_weight(self) -> Tensor | None:
-        """The weight, if nothing but a linear layer as torch has it is below: then one operation may stand for all."""
+    def plain_weight(self) -> Tensor | Packed | None:
+        """The weight as it is kept, if nothing but a plain product is below: then one operation may stand for all."""
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The base layer's own computation with another weight and bias."""
@@ -108,6 +109,14 @@ class Adapter(nn.Module):
     def file_key(self, path: str, name: str) -> str:
         """The key of parameter `name` of the adapter at `path` in the adapter file."""
         return f"base_model.model.{path}.{name}"
+
+    def repeated(self, path: str) -> dict[str, str]:
+        """Keys under which other tools' files hold a tensor once more, each with the key that it repeats."""
+        return {}
+
+    def unfit(self, tensors: dict[str, Any]) -> list[str]:
+        """A line for each tensor of a file, by parameter name, whose values cannot be; names and shapes are right."""
+        return []
 
     def file_tensors(self) -> dict[str, Tensor]:
         """What is saved, by parameter name."""

@@ -24,6 +24,7 @@ from smidgen.registry import METHODS
 _LARGEST_FIELD, _MOST_PATTERNS = 10_000, 1000
 
 CONFIG_NAME = "adapter_config.json"
+LARGEST_RANK = 65_536  # wider than any layer: a larger one in a file is a mistake or an attack on the memory
 # Adapter files say which release of the format they follow.
 FORMAT_VERSION = "0.21.2"
 
@@ -64,6 +65,8 @@ class PeftConfig:
     peft_type: ClassVar[str] = ""
     # Fields of the same method in adapter files that change the maths and are not offered here.
     refused: ClassVar[dict[str, Any]] = {}
+    # Fields that adapter files of this method do not have elsewhere: they are written only where they are set.
+    beyond_format: ClassVar[frozenset[str]] = frozenset()
 
     task_type: TaskType | str | None = None
     base_model_name_or_path: str | None = None
@@ -78,10 +81,23 @@ class PeftConfig:
                 hint = did_you_mean(str(self.task_type), names)
                 raise AdapterFileError(f"task_type: no '{self.task_type}'{hint} There are: {', '.join(names)}.")
             self.task_type = TaskType(self.task_type)
+        raise_all(UsageError, self.problems())
+
+    def read_from_file(self) -> None:
+        """Called on a configuration that was read from a file: what is beside it in the file is known."""
+
+    def problems(self) -> list[str]:
+        """A line for each value that cannot be meant: the field, what it must be, and what it is."""
+        return []
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON holds them."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if field.init
+            and ((value := getattr(self, field.name)) != field.default or field.name not in self.beyond_format)
+        }
         fields |= {"peft_type": self.peft_type, "peft_version": FORMAT_VERSION, "auto_mapping": None}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in sorted(fields.items())}
 
@@ -127,7 +143,7 @@ class PeftConfig:
         config_class = classes[peft_type]
         if not issubclass(config_class, cls):
             raise AdapterFileError(f"{place}: peft_type '{peft_type}' is not a {cls.__name__}")
-        known = {field.name for field in dataclasses.fields(config_class)}
+        known = {field.name for field in dataclasses.fields(config_class) if field.init}
         ignored = {"peft_type", "peft_version", "auto_mapping"}
         problems = []
         for name in fields.keys() - known - ignored:
@@ -143,9 +159,77 @@ class PeftConfig:
             if isinstance(value, list | dict | str) and len(value) > most:
                 raise AdapterFileError(f"{place}: {name}: {len(value):,} entries, more than {most:,}")
         try:
-            return build(config_class, values)
+            config = build(config_class, values)
         except ValidationError as error:
             lines = [f"{place}: {dotted(where)}: {message}" for where, message in wrong_values(error, values)]
             raise AdapterFileError("\n".join(lines)) from error
         except UsageError as error:
             raise AdapterFileError(f"{place}: {error}") from error
+        config.read_from_file()
+        return config
+
+
+@dataclass(kw_only=True)
+class TargetConfig(PeftConfig):
+    """What the configuration of every method holds that stands around single modules of the model.
+
+    Args:
+        target_modules: names that a module's path ends with, a regular expression for the whole path, or
+            "all-linear": every linear layer but the head. None is what suits the method, mostly "all-linear".
+        exclude_modules: names, or a regular expression, of target modules to leave out.
+        layers_to_transform: adapt only these layers, by number.
+        layers_pattern: how the numbered list of layers is called, where a model has several.
+        fan_in_fan_out: accepted for files; how a layer stores its weight is seen from the layer.
+    """
+
+    # Fields of other values for some modules, by a regular expression for the end of a path: which field they replace.
+    patterns: ClassVar[dict[str, str]] = {}
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        for pattern in self.patterns:
+            setattr(self, pattern, getattr(self, pattern) or {})
+        super().__post_init__()
+
+    def whole_numbers(self, field: str, pattern: str, most: int = LARGEST_RANK) -> list[str]:
+        """A line for each value of a field and of its pattern that is no whole number from 1 to `most`."""
+        lines = whole_number(field, getattr(self, field), most=most)
+        for name, value in getattr(self, pattern).items():
+            lines += whole_number(f"{pattern}['{name}']", value, most=most)
+        return lines
+
+
+@dataclass(kw_only=True)
+class WeightConfig(TargetConfig):
+    """What the configurations of most functions of the weight hold.
+
+    Args:
+        bias: train copies of biases too: "none", "<method>_only" (of the target modules) or "all".
+        init_weights: start as the base model; False is a random start.
+    """
+
+    bias: str = "none"
+    init_weights: bool = True
+
+    def problems(self) -> list[str]:
+        if self.bias in ("none", "all") or str(self.bias).endswith("_only"):
+            return super().problems()
+        only = f"{self.peft_type.lower()}_only"
+        return [*super().problems(), f"bias: must be 'none', 'all' or '{only}', got {self.bias!r}"]
+
+
+def whole_number(name: str, value: Any, least: int = 1, most: int = LARGEST_RANK) -> list[str]:
+    """A line that says what `value` must be, where it is no whole number from `least` to `most`."""
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
+        return []
+    return [f"{name}: must be a whole number from {least} to {most}, got {value!r}"]
+
+
+def fraction(name: str, value: Any) -> list[str]:
+    """A line that says what `value` must be, where it is no share from 0 to below 1."""
+    return [] if 0 <= value < 1 else [f"{name}: must be from 0 to below 1, got {value!r}"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from smidgen.adapters.attach import adapters_of
 from smidgen.adapters.base import Adapter
 from smidgen.adapters.config import CONFIG_NAME, PeftConfig
-from smidgen.adapters.trained import Mirror, TrainedCopy
+from smidgen.adapters.trained import Mirror, TokenRows, TrainedCopy
 from smidgen.errors import AdapterFileError, did_you_mean
 from smidgen.foreign import PICKLES, contained, parse_json
 from smidgen.safetensors_header import read_header
@@ -88,7 +88,9 @@ def base_embeddings(model: Any, name: str, config: PeftConfig, grown: bool) -> d
     return {
         f"{KEY_PREFIX}{path}.base_layer.weight": layer.weight.detach()
         for path, adapter in adapters_of(model, name)
-        if not isinstance(adapter, TrainedCopy) and (layer := model.get_submodule(path)) in layers
+        if (layer := model.get_submodule(path)) in layers
+        and not isinstance(adapter, TrainedCopy)
+        and not isinstance(getattr(adapter, "owner", adapter), TokenRows)
     }
 
 
@@ -146,22 +148,31 @@ def load_tensors(model: nn.Module, name: str, tensors: dict[str, Tensor], place:
         AdapterFileError: keys are missing or left over, or shapes differ. Nothing was copied then.
     """
     wanted: dict[str, tuple[Adapter, Tensor]] = {}
+    repeated: dict[str, str] = {}
     for path, adapter in adapters_of(model, name):
+        repeated |= adapter.repeated(path)
         for parameter, tensor in adapter.file_tensors().items():
             wanted[adapter.file_key(path, parameter)] = (adapter, tensor)
     problems = _base_weights(model, name, tensors)
-    extra = [key for key in tensors if key not in wanted and not key.endswith(".base_layer.weight")]
+    known = wanted.keys() | repeated.keys()
+    extra = [key for key in tensors if key not in known and not key.endswith(".base_layer.weight")]
     missing = [key for key, (adapter, _) in wanted.items() if key not in tensors and not isinstance(adapter, Mirror)]
     if missing or extra:
         lines = [f"{place}: the adapter does not fit the model: {len(missing)} missing, {len(extra)} unexpected"]
         lines += [f"  missing: {key}" for key in missing[:4]] + [f"  unexpected: {key}" for key in extra[:4]]
         problems.append("\n".join([*lines, f"  likely cause: {_likely_cause(missing, extra)}"]))
+    for key in repeated.keys() & tensors.keys():
+        if not torch.equal(tensors[key], tensors.get(repeated[key], tensors[key])):
+            problems.append(f"{place}: {key} differs from {repeated[key]}, which it should repeat")
     for key in wanted.keys() & tensors.keys():
         here, there = tuple(wanted[key][1].shape), tuple(tensors[key].shape)
         if here != there:
             problems.append(
                 f"{place}: {key} has shape {list(there)}, the model needs {list(here)}: another base or rank"
             )
+    for path, adapter in adapters_of(model, name) if not problems else ():
+        found = {parameter: tensors.get(adapter.file_key(path, parameter)) for parameter in adapter.file_tensors()}
+        problems += [f"{place}: {path}: {line}" for line in adapter.unfit(found)]
     if problems:
         raise AdapterFileError("\n".join(sorted(problems)))
     mirrored = {key for key, (adapter, _) in wanted.items() if isinstance(adapter, Mirror)}

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smidgen.quant.linear import QuantizedLinear
+
 
 class Layer:
     """One layer seen as a matrix (out, in). Subclasses say how its kind stores and applies that matrix."""
@@ -33,6 +35,11 @@ class Layer:
     def device(self) -> torch.device:
         """Where the weight is; "meta" while it is offloaded."""
         return self.module.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes in."""
+        return self.module.weight.dtype
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The stored `weight` as a matrix (out, in)."""
@@ -67,6 +74,24 @@ class LinearLayer(Layer):
 
     def linear(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, matrix, bias)
+
+
+class QuantizedLayer(LinearLayer):
+    """A linear layer whose weight is stored in 4 or 8 bits: reading it takes time, so nothing here does."""
+
+    kind = "QuantizedLinear"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.out_features, self.module.in_features
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.codes.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype
 
 
 class TransposedLinearLayer(LinearLayer):
@@ -152,6 +177,8 @@ def _ungrouped(module: Any) -> Any:
 
 def layer_of(module: Any) -> Layer | None:
     """Answer how `module` is seen as a matrix, or None where no weight adapter can stand around it."""
+    if isinstance(module, QuantizedLinear):
+        return QuantizedLayer(module)
     if isinstance(module, nn.Linear):
         return LinearLayer(module)
     if isinstance(module, nn.Embedding):

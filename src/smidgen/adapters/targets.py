@@ -33,12 +33,15 @@ def ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def find_targets(model: nn.Module, config: Any) -> list[str]:
+def find_targets(model: nn.Module, config: Any, accepts: Callable[[Any], bool] | None = None) -> list[str]:
     """The paths of the modules that `config` asks to adapt, in the model's order.
 
     Reads `target_modules` (None or ``"all-linear"``: every linear layer but the head; a string: a regular
     expression that matches the whole path; a list: names that a path ends with), `exclude_modules` (likewise),
     `layers_to_transform` with `layers_pattern`, and leaves out what lies in `modules_to_save`.
+
+    Args:
+        accepts: what can be adapted; by default every kind of layer.
 
     Raises:
         TargetError: a name matches nothing or something that cannot be adapted; the real names are listed.
@@ -50,7 +53,7 @@ def find_targets(model: nn.Module, config: Any) -> list[str]:
     problems = []
     if wanted == ALL_LINEAR:
         heads = _heads(model)
-        chosen = [p for p, m in modules.items() if is_linear(m) and m not in heads and not _bypassed(model, p)]
+        chosen = [p for p, m in modules.items() if is_linear(m) and m not in heads and not is_bypassed(model, p)]
     elif isinstance(wanted, str):
         pattern = Pattern(wanted, "target_modules")
         chosen = [path for path in modules if pattern.matches(path)]
@@ -64,12 +67,14 @@ def find_targets(model: nn.Module, config: Any) -> list[str]:
     problems += layer_problems
     chosen, excluded = _exclude(chosen, config)
     for path in chosen:
-        if layer_of(modules[path]) is None:
+        if accepts is not None and not accepts(modules[path]):
+            problems.append(f"target_modules: '{path}' is a {type(modules[path]).__name__} with nothing to train")
+        elif accepts is None and layer_of(modules[path]) is None:
             problems.append(
                 f"target_modules: '{path}' is a {type(modules[path]).__name__}; name the layers in it "
                 f"(linear, embedding or convolution){_children(modules, path)}"
             )
-        elif _bypassed(model, path):
+        elif is_bypassed(model, path):
             problems.append(
                 f"target_modules: '{path}' is never called; its parent reads the weight, so an adapter is idle"
             )
@@ -97,10 +102,19 @@ def find_named(model: nn.Module, names: Iterable[str], field: str, at_dot: bool 
     return [path for path in modules if any(matches(path, name) for name in names)]
 
 
+def names_of(model: nn.Module, paths: list[str]) -> list[str]:
+    """The names, as a configuration lists them, that exactly the modules at `paths` end with."""
+    by_name: dict[str, set[str]] = {}
+    for path, _ in base_modules(model):
+        by_name.setdefault(path.rpartition(".")[2], set()).add(path)
+    last = {path: path.rpartition(".")[2] for path in paths}
+    return list(dict.fromkeys(name if by_name[name] <= last.keys() else path for path, name in last.items()))
+
+
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern (a regular expression for the end of a path) that matches `path`."""
     for pattern, value in patterns.items():
-        if _ending(pattern, "rank_pattern or alpha_pattern").matches(path):
+        if _ending(pattern, "pattern").matches(path):
             return value
     return default
 
@@ -132,7 +146,7 @@ def _heads(model: nn.Module) -> set[nn.Module]:
     return {head for head in [output, *named] if head is not None}
 
 
-def _bypassed(model: nn.Module, path: str) -> bool:
+def is_bypassed(model: nn.Module, path: str) -> bool:
     """Whether the parent computes with the weight itself and never calls the module."""
     parent = path.rpartition(".")[0]
     return isinstance(model.get_submodule(parent), nn.MultiheadAttention)

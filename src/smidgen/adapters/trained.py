@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from smidgen.adapters.base import Adapter, Inner, Place, WeightAdapter, base_modules, in_adapter
 from smidgen.adapters.config import TASK_HEADS
 from smidgen.adapters.layers import EmbeddingLayer, layer_of
-from smidgen.adapters.targets import ends_with, find_named
+from smidgen.adapters.targets import ends_with, find_named, find_targets, is_bypassed, names_of
 from smidgen.errors import TargetError
+from smidgen.quant.linear import QuantizedLinear
 
 
 class TrainedCopy(Adapter):
@@ -42,6 +43,36 @@ class TrainedCopy(Adapter):
         return dict(self.named_parameters())
 
 
+class CopyMethod(TrainedCopy):
+    """A method that trains copies of parameters at its target modules and nothing else."""
+
+    otherwise: ClassVar[str]  # what to do where a model has nothing that the method trains
+
+    @classmethod
+    def candidates(cls, model: nn.Module) -> dict[str, list[str]]:
+        """The modules that can be trained, by path, each with the names of its parameters."""
+        raise NotImplementedError
+
+    @classmethod
+    def suits(cls, module: nn.Module) -> bool:
+        """Whether the method is meant for `module`: what `target_modules` is where the configuration does not say."""
+        return True
+
+    @classmethod
+    def plan(cls, model: nn.Module, config: Any) -> Iterator[Place]:
+        candidates = cls.candidates(model)
+        modules = {model.get_submodule(path): names for path, names in candidates.items()}
+        if config.target_modules is None:
+            meant = [path for path in candidates if cls.suits(model.get_submodule(path))]
+            if not meant:
+                raise TargetError(f"{cls.__name__}: {type(model).__name__} has nothing that it trains; {cls.otherwise}")
+            config.target_modules = names_of(model, meant)
+        targets = find_targets(model, config, accepts=modules.__contains__)
+        for path in targets:
+            yield Place(path, cls, modules[model.get_submodule(path)])
+        yield from plan_trained(model, config, targets)
+
+
 def _submodule(module: nn.Module, path: str) -> nn.Module:
     """The submodule at `path`, made on the way where it is missing."""
     for name in filter(None, path.split(".")):
@@ -58,6 +89,7 @@ class TokenRows(WeightAdapter):
     head only the logits of these tokens are computed anew.
     """
 
+    field: ClassVar[str] = "trainable_token_indices"  # of the configuration
     indices: Tensor
     place: Tensor
 
@@ -66,7 +98,7 @@ class TokenRows(WeightAdapter):
         count = base.weight.shape[0]
         wrong = [index for index in config if not 0 <= index < count]
         if wrong or not config:
-            raise TargetError(f"trainable_token_indices: {wrong or 'an empty list'}; the vocabulary has {count} rows")
+            raise TargetError(f"{self.field}: {wrong or 'an empty list'}; the vocabulary has {count} rows")
         indices = torch.tensor(config, device=base.weight.device)
         self.register_buffer("indices", indices, persistent=False)
         # One place more than the largest index, for all tokens beyond it: the vocabulary may grow later.
@@ -127,16 +159,30 @@ def plan_trained(model: nn.Module, config: Any, targets: list[str]) -> Iterator[
     copied = find_named(model, names, "modules_to_save", at_dot=False) if names else []
     for path in copied:
         own = [name for name, _ in model.get_submodule(path).named_parameters() if not in_adapter(name)]
+        stored = [module for module in model.get_submodule(path).modules() if isinstance(module, QuantizedLinear)]
+        if stored:
+            raise TargetError(f"modules_to_save: '{path}' is stored in 4 or 8 bits; leave it out of the quantisation")
         if not own:
             raise TargetError(f"modules_to_save: '{path}' has no parameters")
         yield Place(path, TrainedCopy, own)
     yield from _plan_tokens(model, getattr(config, "trainable_token_indices", None), targets)
     if getattr(config, "bias", "none") == "all":
-        for path, module in base_modules(model):
+        for path, biases in bias_names(model):
             if path not in targets and not any(path == copy or path.startswith(f"{copy}.") for copy in copied):
-                biases = [name for name, _ in module.named_parameters(recurse=False) if "bias" in f"{path}.{name}"]
-                if biases:
-                    yield Place(path, TrainedCopy, biases)
+                yield Place(path, TrainedCopy, biases)
+
+
+def bias_names(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """Every module that adds a bias: its path and the names of its biases.
+
+    A layer that is never called, because its parent computes with its weight, counts as a part of the parent.
+    """
+    for path, module in base_modules(model):
+        if not is_bypassed(model, path):
+            parts = isinstance(module, nn.MultiheadAttention)
+            names = [name for name, _ in module.named_parameters(recurse=parts) if not in_adapter(name)]
+            if biases := [name for name in names if "bias" in f"{path}.{name}"]:
+                yield path, biases
 
 
 def _plan_tokens(model: Any, tokens: list[int] | dict[str, list[int]] | None, targets: list[str]) -> Iterator[Place]:
@@ -169,7 +215,7 @@ def with_mirrors(model: nn.Module, places: list[Place], ensure_weight_tying: boo
     result: list[Place] = []
     for place in places:
         group = tied.get(id(model.get_submodule(place.path)._parameters.get("weight")), [place.path])
-        mirrored = len(group) > 1 and (ensure_weight_tying or place.adapter is TokenRows)
+        mirrored = len(group) > 1 and (ensure_weight_tying or issubclass(place.adapter, TokenRows))
         if not mirrored:
             result.append(place)
             continue

@@ -18,20 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.adapters.base import Inner, Place, WeightAdapter
-from smidgen.adapters.config import PeftConfig
+from smidgen.adapters.config import TargetConfig, fraction
 from smidgen.adapters.init import Start
-from smidgen.adapters.layers import ConvLayer, EmbeddingLayer, LinearLayer
-from smidgen.adapters.targets import check_patterns, find_targets, pattern_value
+from smidgen.adapters.layers import ConvLayer, EmbeddingLayer, LinearLayer, TransposedLinearLayer
+from smidgen.adapters.targets import ALL_LINEAR, check_patterns, find_targets, pattern_value
 from smidgen.adapters.trained import plan_trained, with_mirrors
-from smidgen.errors import MergeError, TargetError, UsageError, raise_all
+from smidgen.errors import MergeError, TargetError, raise_all
 from smidgen.kernels.lora import LowRank, as_one, lora_linear
 from smidgen.registry import LORA_INITS, lookup
 
-_LARGEST_RANK = 65_536  # wider than any layer: a larger one in a file is a mistake or an attack on the memory
-
 
 @dataclass(kw_only=True)
-class LoraConfig(PeftConfig):
+class LoraConfig(TargetConfig):
     """The configuration of LoRA. Names and meanings are those of Hugging Face adapter files.
 
     Args:
@@ -40,16 +38,10 @@ class LoraConfig(PeftConfig):
         lora_dropout: share of the inputs of the update that is dropped in training.
         use_rslora: scale by lora_alpha / sqrt(r) instead.
         use_dora: learn the magnitude of each output's weights apart from their direction.
-        target_modules: names that a module's path ends with, a regular expression for the whole path, or
-            "all-linear" (also what None means): every linear layer but the head.
-        exclude_modules: names, or a regular expression, of target modules to leave out.
-        layers_to_transform: adapt only these layers, by number.
-        layers_pattern: how the numbered list of layers is called, where a model has several.
         rank_pattern: another rank for modules whose path ends with a regular expression.
         alpha_pattern: another lora_alpha likewise.
         bias: train biases too: "none", "lora_only" (of the target modules) or "all".
         lora_bias: the update has a bias of its own.
-        fan_in_fan_out: accepted for files; how a layer stores its weight is seen from the layer.
         init_lora_weights: how the factors start: True, False (random), "gaussian", "pissa",
             "pissa_niter_[n]" (a faster approximation), "olora", "orthogonal". The last four apply to linear layers;
             others start as with True.
@@ -58,6 +50,7 @@ class LoraConfig(PeftConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     refused: ClassVar[dict[str, Any]] = {
         "alora_invocation_tokens": None,
         "arrow_config": None,
@@ -83,35 +76,24 @@ class LoraConfig(PeftConfig):
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
-    fan_in_fan_out: bool = False
     init_lora_weights: bool | str = True
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
-        ranks = {"r": self.r} | {f"rank_pattern['{name}']": rank for name, rank in self.rank_pattern.items()}
-        problems = [
-            f"{name}: must be a whole number from 1 to {_LARGEST_RANK}, got {rank!r}"
-            for name, rank in ranks.items()
-            if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _LARGEST_RANK
-        ]
-        if not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout: must be from 0 to below 1, got {self.lora_dropout}")
+        self.init_name()
+
+    def problems(self) -> list[str]:
+        problems = super().problems() + self.whole_numbers("r", "rank_pattern")
+        problems += fraction("lora_dropout", self.lora_dropout)
         if self.bias not in ("none", "all", "lora_only"):
             problems.append(f"bias: must be 'none', 'all' or 'lora_only', got {self.bias!r}")
-        raise_all(UsageError, problems)
-        self.init_name()
+        return problems
 
     def init_name(self) -> str:
         """The name of the start in the registry.
@@ -167,6 +149,8 @@ class Lora(WeightAdapter):
 
     @classmethod
     def plan(cls, model: nn.Module, config: LoraConfig) -> Iterator[Place]:
+        if config.target_modules is None:
+            config.target_modules = ALL_LINEAR
         targets = find_targets(model, config)
         problems = check_patterns(config.rank_pattern, targets, "rank_pattern")
         problems += check_patterns(config.alpha_pattern, targets, "alpha_pattern")
@@ -305,7 +289,8 @@ class Lora(WeightAdapter):
 
     def is_low_rank(self) -> bool:
         parts = (self.start_A, self.lora_magnitude_vector, self.bias)
-        return type(self.layer) is LinearLayer and self.lora_B.bias is None and all(part is None for part in parts)
+        rows = isinstance(self.layer, LinearLayer) and not isinstance(self.layer, TransposedLinearLayer)
+        return rows and self.lora_B.bias is None and all(part is None for part in parts)
 
     def low_rank(self) -> LowRank:
         p = self.dropout.p if self.training else 0.0
