@@ -206,7 +206,15 @@ def test_what_is_left_out_has_llamafactory_s_defaults(load):
         ({"neat_packing": True}, ("data", "packing"), True),
         ({"default_system": "Be brief."}, ("data", "system"), "Be brief."),
         ({"dataset": "chats"}, ("data", "train", 0, "columns"), {"conversations": "turns"}),
+        ({"optim": "paged_adamw_32bit"}, ("train", "optim"), "paged_adamw"),
+        ({"optim": "adamw_torch"}, ("train", "optim"), "adamw"),
+        ({"loraplus_lr_ratio": 16}, ("train", "loraplus_lr_ratio"), 16),
         ({"quantization_bit": None}, ("model",), "m"),
+        ({"quantization_bit": 4}, ("quantize",), "nf4"),
+        ({"quantization_bit": 8}, ("quantize",), "int8"),
+        ({"quantization_bit": 4, "quantization_type": "fp4"}, ("quantize",), "fp4"),
+        ({"quantization_bit": 4, "double_quantization": False}, ("double_quantization",), False),
+        ({"finetuning_type": "qlora"}, ("quantize",), "nf4"),
     ],
     ids=str,
 )
@@ -223,8 +231,8 @@ def test_a_key_is_translated(load, keys, place, value):
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"quantization_bit": 4}, "lf.yaml:6: quantization_bit: 4 cannot be honoured: 4-bit and 8-bit base models"),
-        ({"finetuning_type": "qlora"}, "lf.yaml:2: finetuning_type: 'qlora' is not there; write 'lora'"),
+        ({"quantization_bit": 3}, "lf.yaml:6: quantization_bit: 3 by 'bnb' is not there; there are 4 and 8"),
+        ({"finetuning_type": "dora"}, "lf.yaml:2: finetuning_type: 'dora' is not there; there are: lora, qlora"),
         ({"stage": "dpo"}, "lf.yaml:6: stage: 'dpo' is not there yet; there are: sft, pt"),
         ({"lora_rnk": 4}, "lf.yaml:6: lora_rnk: LLaMA-Factory has no such key; did you mean 'lora_rank'?"),
         ({"lora_rank": "a"}, "lf.yaml:6: adapter.r: must be a whole number"),
@@ -233,7 +241,7 @@ def test_a_key_is_translated(load, keys, place, value):
         ({"per_device_train_batch_size": "auto"}, "lf.yaml:6: per_device_train_batch_size: must be a whole number"),
         ({"warmup_steps": 100}, "lf.yaml:6: warmup_steps: 100: write 'warmup_ratio'"),
         ({"mask_history": True}, "lf.yaml:6: mask_history: true cannot be honoured"),
-        ({"optim": "lion_8bit"}, "lf.yaml:6: optim: lion_8bit cannot be honoured: the optimizer is AdamW"),
+        ({"optim": "galore_adamw"}, "lf.yaml:6: train.optim: must be 'adamw', 'adamw_8bit'"),
         ({"use_galore": True}, "lf.yaml:6: use_galore: true cannot be honoured"),
         ({"do_train": False}, "lf.yaml:6: do_train: false asks for no training"),
         ({"resume_from_checkpoint": "saves/x"}, "use 'smidgen train FILE --resume'"),
@@ -275,7 +283,7 @@ def test_every_key_is_judged_in_one_place_only():
 
 
 def test_several_mistakes_are_told_at_once(load):
-    lines = wrong(load, quantization_bit=4, lora_rnk=3, learning_rate=0)
+    lines = wrong(load, quantization_bit=3, lora_rnk=3, learning_rate=0)
     assert [line.split(":")[1] for line in lines] == ["6", "7", "8"]
 
 

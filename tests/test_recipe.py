@@ -98,7 +98,8 @@ seed: 2
         'r.yaml:11: data.packing: must be true or false, got "maybe"',
         "r.yaml:13: train.epochs: must be greater than 0, got -1",
         "r.yaml:14: train.batch_size: must be a whole number, got true",
-        "r.yaml:15: train.optim: must be 'adamw', got \"adamm\"; did you mean 'adamw'?",
+        "r.yaml:15: train.optim: must be 'adamw', 'adamw_8bit', 'paged_adamw', 'paged_adamw_8bit', 'lion', "
+        "'lion_8bit', 'paged_lion', 'paged_lion_8bit' or 'adafactor', got \"adamm\"; did you mean 'adamw'?",
         "r.yaml:16: train: no field 'bf16'; write 'dtype: bfloat16' in 'train'",
         "r.yaml:17: train: no field 'max_length'; it belongs in 'data'",
         "r.yaml:19: seed: given twice, first on line 18; keep one",
@@ -215,6 +216,21 @@ def test_other_spellings_are_understood_with_a_note(write):
     ]
     assert wrong(write(text), "data.max_length=9") == [
         "r.yaml:4: data: 'max_seq_length' and 'max_length' say the same; keep one"
+    ]
+
+
+def test_names_of_optimizers_that_transformers_has_are_understood_with_a_note(write):
+    for theirs, taken in (("adamw_torch", "adamw"), ("paged_adamw_32bit", "paged_adamw"), ("lion_32bit", "lion")):
+        recipe, notes = load_recipe(write(SMALL), [f"train.optim={theirs}"])
+        assert recipe.train.optim == taken
+        assert notes[0].startswith(f"'train.optim: {theirs}' is '{taken}' here")
+        assert any("Lion's betas" in note for note in notes) == (taken == "lion")
+
+
+def test_lora_plus_is_for_lora(write):
+    assert wrong(write(SMALL), "train.loraplus_lr_ratio=4", "adapter={method: full}") == [
+        "override 'train.loraplus_lr_ratio=4': train.loraplus_lr_ratio: LoRA+ is for LoRA's matrices, which 'full' "
+        "lacks; remove it"
     ]
 
 

@@ -138,16 +138,31 @@ def _lora(config: _Translator) -> None:
         config.put(("adapter", "init_lora_weights"), init, "pissa_init", "pissa_iter")
 
 
+def _stored(config: _Translator, bits: Any) -> None:
+    by, kind = config.take("quantization_method", "bnb"), config.take("quantization_type", "nf4")
+    double = config.take("double_quantization", True)
+    if bits is None:
+        return
+    if bits not in (4, 8) or by not in ("bnb", "bitsandbytes"):
+        config.problem("quantization_bit", f"{_json(bits)} by '{by}' is not there; there are 4 and 8, as by 'bnb'")
+        return
+    source = "quantization_bit" if "quantization_bit" in config.given else "finetuning_type"
+    config.put(("quantize",), kind if bits == 4 else "int8", source)
+    config.put(("double_quantization",), double, "double_quantization")
+
+
 _LORA_KEYS = ("lora_", "pissa_", "use_rslora", "use_dora", "additional_target")
 
 
 def _method(config: _Translator) -> None:
     method = config.take("finetuning_type", "lora")
+    bits = config.take("quantization_bit", 4 if method == "qlora" else None)
+    method = "lora" if method == "qlora" else method
     if method not in ("lora", "full", "freeze"):
-        hint = "; write 'lora' (4-bit base models are not there yet)" if method == "qlora" else ""
-        config.problem("finetuning_type", f"'{method}' is not there{hint or '; there are: lora, full, freeze'}")
+        config.problem("finetuning_type", f"'{method}' is not there; there are: lora, qlora, full, freeze")
         method = "lora"
     config.put(("adapter", "method"), method, "finetuning_type")
+    _stored(config, bits)
     if method == "lora":
         _lora(config)
     elif method == "freeze":

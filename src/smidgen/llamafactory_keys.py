@@ -21,6 +21,9 @@ SAME: dict[str, tuple[Place, Any]] = {
     "max_grad_norm": (("train", "max_grad_norm"), 1.0),
     "logging_steps": (("train", "logging_steps"), 500),
     "save_total_limit": (("train", "save_total_limit"), None),
+    "optim": (("train", "optim"), None),
+    "loraplus_lr_ratio": (("train", "loraplus_lr_ratio"), None),
+    "loraplus_lr_embedding": (("train", "loraplus_lr_embedding"), None),
 }
 
 # Keys that change nothing in what is learned, and why they have no effect here.
@@ -77,13 +80,13 @@ NO_EFFECT_PREFIXES = tuple(
     """
     accelerator_config activation_checkpointing adapter_folder apollo_ asft_ audio_ auto_find_batch_size
     average_tokens_across_devices badam_ batch_eval_metrics bf16_full_eval bnb_ crop_to_patches
-    data_shared_file_system dataloader_ ddp_ debug disable_tqdm do_sample double_quantization dpo_ eaft_
+    data_shared_file_system dataloader_ ddp_ debug disable_tqdm do_sample dpo_ eaft_
     enable_jit_checkpoint enable_torch_profiler eval_accumulation_steps eval_delay eval_do_concat eval_num_beams
     eval_use_gather export_ fp16_full_eval fp8_ freeze_multi_modal_ freeze_vision_ full_determinism galore_
     generation_ gradient_checkpointing_ greater_is_ hub_ hyper_parallel_ image_ include_ init_special_ kt_ kto_
-    label_names ld_alpha length_ liger_ local_rank log_ logging_ loraplus_lr_embedding master_ max_new_tokens
+    label_names ld_alpha length_ liger_ local_rank log_ logging_ master_ max_new_tokens
     metric_for_ module_dropout ms_hub_ num_beams offload_folder oft_ om_hub_ parallelism_config ppo_
-    prediction_loss_only pref_ profile_ profiler_ project quantization_ ray_ ref_model remove_unused_columns
+    prediction_loss_only pref_ profile_ profiler_ project quantization_device_map ray_ ref_model remove_unused_columns
     repetition_ restore_callback_ reward_model save_on_each_node sglang_ simpo_ skip_memory_metrics
     skip_special_tokens sortish_sampler swanlab_ temperature tf32 top_k top_p torch_compile_ torch_empty_ trackio_
     use_audio_in_video use_cache use_cpu use_liger_kernel video_ vllm_
@@ -93,11 +96,6 @@ NO_EFFECT_PREFIXES = tuple(
 LATER = "smidgen does not have it yet"
 # Keys that change what is learned and cannot be honoured -> (the values that switch them off, why or what to do).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "quantization_bit": (
-        (),
-        "4-bit and 8-bit base models are not there yet; without this line the same adapter is trained on the full "
-        "weights, which takes more memory",
-    ),
     "adapter_name_or_path": ((), "training on from an adapter is not there yet; merge it, then train the merged model"),
     "resume_from_checkpoint": ((False,), "to go on with an interrupted run use 'smidgen train FILE --resume'"),
     "mask_history": ((False,), "every assistant turn counts in the loss; split the chats to train on their last turns"),
@@ -110,14 +108,13 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "adam_beta1": ((0.9,), "AdamW's betas are 0.9 and 0.999"),
     "adam_beta2": ((0.999,), "AdamW's betas are 0.9 and 0.999"),
     "adam_epsilon": ((1e-8,), "AdamW's epsilon is 1e-8"),
-    "optim": (("adamw_torch", "adamw_torch_fused", "adamw_hf"), "the optimizer is AdamW"),
     "train_sampling_strategy": (("random",), LATER),
     "freeze_trainable_modules": (("all",), "whole layers are trained"),
 }
 _SWITCHES = """
     create_new_adapter dataloader_drop_last disable_shuffling early_stopping_steps
     eval_on_each_dataset fp8 freeze_extra_modules freeze_language_model ignore_data_skip label_smoothing_factor
-    load_best_model_at_end loraplus_lr_ratio mixture_of_depths moe_aux_loss_coef neftune_noise_alpha
+    load_best_model_at_end mixture_of_depths moe_aux_loss_coef neftune_noise_alpha
     new_special_tokens_config optim_args optim_target_modules pissa_convert preserve_thinking
     rope_scaling shift_attn split_special_tokens train_from_scratch upcast_layernorm upcast_lmhead_output
     use_adam_mini use_apollo use_asft_loss use_badam use_dft_loss use_eaft_loss use_galore use_hyper_parallel use_kt

@@ -27,6 +27,19 @@ from smidgen.registry import METHODS, lookup
 Positive: TypeAlias = Annotated[int, Field(ge=1)]
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 
+# An optimizer's name says its rule, whether states are in 8 bits, and whether they are paged.
+Optimizer: TypeAlias = Literal[
+    "adamw",
+    "adamw_8bit",
+    "paged_adamw",
+    "paged_adamw_8bit",
+    "lion",
+    "lion_8bit",
+    "paged_lion",
+    "paged_lion_8bit",
+    "adafactor",
+]
+
 _FORBID = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -89,6 +102,8 @@ class TrainRecipe:
     batch_size: rows per update, however they are cut into micro-batches and spread over processes.
     micro_batch_tokens: the most tokens computed at once; None: chosen from the memory there is.
     max_steps: the number of updates; it takes precedence over `epochs`.
+    loraplus_lr_ratio: LoRA+: how many times the learning rate B matrices and vectors learn at; None: as the others.
+    loraplus_lr_embedding: with LoRA+, the learning rate of LoRA on embeddings.
     warmup_ratio: the share of the updates in which the learning rate rises.
     eval_steps: updates between two evaluations; None: at the end only.
     save_steps: updates between two checkpoints; None: only when the run is stopped (what was learned is saved anyway).
@@ -102,7 +117,9 @@ class TrainRecipe:
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     batch_size: Positive = 16
     micro_batch_tokens: Positive | None = None
-    optim: Literal["adamw"] = "adamw"
+    optim: Optimizer = "adamw"
+    loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None
+    loraplus_lr_embedding: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
@@ -124,11 +141,15 @@ class Recipe:
     """A whole run.
 
     model: a hub id, a local folder, a GGUF file or a built-in name.
+    quantize: store the linear layers of the base in 4 or 8 bits, made dense where they are used (QLoRA).
+    double_quantization: store the scales of 4-bit weights in 8 bits too.
     adapter: `method`, a name in `smidgen.registry.METHODS`, and the fields of that method's config.
     output: the run folder.
     """
 
     model: Annotated[str, Field(min_length=1)]
+    quantize: Literal["nf4", "fp4", "int8"] | None = None
+    double_quantization: bool = True
     adapter: dict[str, Any]
     data: DataRecipe
     objective: Literal["sft", "pretrain"] = "sft"
@@ -173,6 +194,17 @@ _SPELLINGS: dict[str, dict[str, str]] = {
     },
 }
 
+# transformers' names for optimizers, and what is taken.
+_OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw",
+    "lion_32bit": "lion",
+    "paged_lion_32bit": "paged_lion",
+}
+
 _ADVICE = {
     "per_device_train_batch_size": "'batch_size' counts rows per update: "
     "per_device_train_batch_size x gradient_accumulation_steps x devices",
@@ -202,6 +234,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     for text in overrides:
         draft.override(text)
     _rename_spellings(draft)
+    _rename_optimizer(draft)
     _unfold(draft.data)
     recipe = check(draft, Recipe, draft.data, (), _unknown)
     if isinstance(adapter := draft.data.get("adapter"), dict):
@@ -273,6 +306,19 @@ def _rename_spellings(draft: Draft) -> None:
             fields[new] = fields.pop(old)
             draft.move((*above, old), (*above, new))
             draft.notes.append(f"'{dotted((*above, old))}' is '{dotted((*above, new))}' here")
+
+
+def _rename_optimizer(draft: Draft) -> None:
+    train = draft.data.get("train")
+    name = train.get("optim") if isinstance(train, dict) else None
+    if not isinstance(name, str):
+        return
+    if name in _OPTIMIZERS:
+        draft.data["train"]["optim"] = taken = _OPTIMIZERS[name]
+        fused = ", PyTorch's fused AdamW" if taken == "adamw" else ""
+        draft.notes.append(f"'train.optim: {name}' is '{taken}' here{fused}")
+    if "lion" in name:
+        draft.notes.append("Lion's betas are the paper's: 0.9 and 0.99; transformers' Trainer gives it 0.9 and 0.999")
 
 
 def _unfold(data: dict[str, Any]) -> None:
@@ -354,6 +400,15 @@ def _contradictions(data: dict[str, Any]) -> Iterator[tuple[Place, str]]:
         yield ("train", "save_total_limit"), "no checkpoints are written on the way; give 'train.save_steps'"
     if train.get("fsdp") is not None and train.get("dtype") == "float16":
         yield ("train", "fsdp"), "float16 needs scaled losses, which sharded gradients lack; take 'dtype: bfloat16'"
+    method = data["adapter"].get("method") if isinstance(data.get("adapter"), dict) else None
+    if data.get("quantize") is not None and method in ("full", "freeze"):
+        yield ("quantize",), f"'{method}' trains the weights themselves, which 4 and 8 bits cannot hold; take 'lora'"
+    if data.get("quantize") is not None and train.get("fsdp") is not None:
+        yield ("quantize",), "stored weights cannot be sharded; leave out 'train.fsdp', or load in 16 bits"
+    if train.get("fsdp") is not None and train.get("optim", "adamw") != "adamw":
+        yield ("train", "optim"), "'fsdp' spreads the states of adamw alone; take 'optim: adamw', or leave out 'fsdp'"
+    if train.get("loraplus_lr_ratio") is not None and method in ("full", "freeze"):
+        yield ("train", "loraplus_lr_ratio"), f"LoRA+ is for LoRA's matrices, which '{method}' lacks; remove it"
     for key in ("train", "eval"):
         sources = rows.get(key)
         sources = sources if isinstance(sources, list) else []

@@ -5,6 +5,7 @@ Everything is computed in fp32, the update is added in fp32, and the result is c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from smidgen.data import encode_prompt, encode_text
 from smidgen.errors import MergeError, UsageError
 from smidgen.models.generate import generate_batch
 from smidgen.models.load import stop_token_ids
+from smidgen.models.quantize import quantization_config, quantize_model
 from smidgen.models.save import save_complete
 
 # The largest change of a logit, in units of the spread of the logits, by the dtype that the weights are cast to.
@@ -54,8 +56,9 @@ class Parity:
         return self.gap <= self.bound * self.spread and 2 * self.same >= self.prompts
 
     def __str__(self) -> str:
+        bound = f" (bound {self.bound * self.spread:.2g})" if math.isfinite(self.bound) else f" of {self.spread:.2g} sd"
         return (
-            f"parity on {self.prompts} prompts: max |dlogit| {self.gap:.2g} (bound {self.bound * self.spread:.2g}), "
+            f"parity on {self.prompts} prompts: max |dlogit| {self.gap:.2g}{bound}, "
             f"same greedy tokens {self.same}/{self.prompts}"
         )
 
@@ -79,9 +82,20 @@ class Probe:
 
 
 def merge_to_folder(
-    model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, say: Callable[[str], None] = print
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    say: Callable[[str], None] = print,
+    quantize: str | None = None,
 ) -> Parity:
     """Merge the active adapters of `model` (in fp32) and write it as a plain Hugging Face model in `dtype`.
+
+    A quantised base is made dense first: its weights as they were trained with, and the update.
+
+    Args:
+        quantize: store the merged model again, as nf4, fp4 or int8. What that changes is told, and not bounded:
+            the update is rounded as coarsely as the weights.
 
     Raises:
         UsageError: the folder is not empty.
@@ -104,6 +118,9 @@ def merge_to_folder(
             "Merge with --dtype float32, or serve the adapter beside its base"
         )
     merged = merged.to(dtype)
+    if quantize is not None:
+        quantize_model(merged, quantization_config(quantize, dtype=dtype))
+        say(f"stored in {quantize}: {probe.compare(merged, math.inf)}")
     try:
         save_complete(merged, tokenizer, stop_token_ids(merged, tokenizer), folder)
     except OSError as error:

@@ -22,9 +22,10 @@ from smidgen.errors import AdapterFileError, MergeError, UsageError
 from smidgen.export.merge import BOUNDS, Probe
 from smidgen.foreign import read_object
 from smidgen.models.fingerprint import fingerprint, same_base
-from smidgen.models.load import free_memory, load_model, load_tokenizer
+from smidgen.models.load import free_memory, load_as, load_model, load_tokenizer
 from smidgen.models.open import Place, find
 from smidgen.models.peft_model import PeftModel
+from smidgen.models.quantize import parameter_count
 from smidgen.models.resolve import resolve_model
 from smidgen.models.scores import row_losses, vocabulary_size
 from smidgen.proofs import RECORD_NAME, Check
@@ -77,7 +78,9 @@ def _threads(count: int) -> Iterator[None]:
 def _adapter_checks(place: Place, record: dict[str, Any], say: Callable[[str], None]) -> Iterator[Check]:
     assert place.adapter is not None
     folder = place.adapter
-    model, _ = load_model(resolve_model(place.base), record["dtype"], device=torch.device(record["device"]), say=say)
+    device = torch.device(record["device"])
+    how = load_as(place.recipe, record["dtype"], device)
+    model, _ = load_model(resolve_model(place.base), **how, device=device, say=say)
     yield _base_check(fingerprint(model), folder)
     known = [row["ids"] for row in record["rows"] if max(row["ids"]) < vocabulary_size(model)]
     before = _logits(model, known)
@@ -177,7 +180,7 @@ def _first_difference(one: list[int] | None, other: list[int] | None) -> str:
 
 def _merge_check(adapted: Any, tokenizer: Any) -> Check:
     """Merged in place; in float32 where there is memory for it, since rounding would hide small mistakes."""
-    if 4 * sum(parameter.numel() for parameter in adapted.parameters()) < free_memory(adapted.device):
+    if 4 * parameter_count(adapted) < free_memory(adapted.device):
         adapted.float()
     dtype = str(adapted.dtype).removeprefix("torch.")
     probe = Probe(adapted, tokenizer)

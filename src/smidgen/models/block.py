@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from smidgen.adapters.attach import is_low_rank, linear_of
 from smidgen.kernels.attention import Scores
 from smidgen.kernels.block import Attention, FeedForward, Where, add_attention, add_feed_forward, autocasted, takes
+from smidgen.kernels.dequantize import Packed, Stack, outputs
 from smidgen.kernels.gated import Activation
 from smidgen.kernels.lora import Linear
 from smidgen.kernels.native import autocast
@@ -22,6 +23,7 @@ from smidgen.kernels.norms import Norm
 from smidgen.models.attention import Segments
 from smidgen.models.fused_modules import activation_of
 from smidgen.models.scores import intercepted
+from smidgen.quant.linear import QuantizedLinear
 
 # What a call may carry without changing the answer of a layer that keeps no cache.
 _WITHOUT_EFFECT = {"attention_mask", "position_embeddings", "position_ids", "use_cache", "cache_position"}
@@ -35,12 +37,14 @@ class Products:
         self.joined: Linear | None = None
 
     def outputs(self) -> int:
-        return sum(module.weight.shape[0] for module in self.modules)
+        return sum(module.out_features for module in self.modules)
 
     def join(self) -> None:
+        if len(self.modules) == 1 or self._trained() or self._stored():
+            return
         weights, biases = ([getattr(module, name) for module in self.modules] for name in ("weight", "bias"))
         given = [bias for bias in biases if bias is not None]
-        if len(weights) == 1 or len(given) not in (0, len(weights)) or self._trained():
+        if len(given) not in (0, len(weights)):
             return
         whole = [_side_by_side(tensors) for tensors in (weights, given) if tensors]
         self.joined = Linear(whole[0], whole[1] if given else None, ())
@@ -48,29 +52,42 @@ class Products:
     def part(self) -> None:
         """Give each layer memory of its own again."""
         for module in self.modules if self.joined else ():
-            for tensor in (module.weight, module.bias):
-                if tensor is not None:
-                    tensor.data = tensor.data.clone()
+            for tensor in module.parameters(False):
+                tensor.data = tensor.data.clone()
         self.joined = None
 
     def layers(self) -> tuple[Linear, ...]:
         """What is multiplied in one call."""
         layers = tuple(linear_of(module) for module in self.modules)
-        if self.joined is None or self._trained() or not self._in_place():
+        whole = self._whole(layers)
+        if whole is None:
             return layers
         updates, first = [], 0
         for layer in layers:
             updates += [update._replace(first=first) for update in layer.updates]
-            first += len(layer.weight)
-        return (self.joined._replace(updates=tuple(updates)),)
+            first += outputs(layer.weight)
+        return (whole._replace(updates=tuple(updates)),)
+
+    def _whole(self, layers: tuple[Linear, ...]) -> Linear | None:
+        """One layer with the weights of all; None where each is multiplied by itself."""
+        if self._stored() and len(layers) > 1:
+            stored = all(isinstance(layer.weight, Packed) for layer in layers)
+            biases = [layer.bias for layer in layers if layer.bias is not None]
+            if not stored or len(biases) not in (0, len(layers)) or len({layer.weight.dtype for layer in layers}) > 1:
+                return None
+            return Linear(Stack(tuple(layer.weight for layer in layers)), torch.cat(biases) if biases else None, ())
+        return self.joined if self.joined is not None and not self._trained() and self._in_place() else None
+
+    def _stored(self) -> bool:
+        return any(isinstance(module, QuantizedLinear) for module in self.modules)
 
     def _trained(self) -> bool:
-        return any(t.requires_grad for m in self.modules for t in (m.weight, m.bias) if t is not None)
+        return any(p.requires_grad for m in self.modules for p in m.parameters(False))
 
     def _in_place(self) -> bool:
         """Whether no layer was given another weight or bias since."""
         assert self.joined is not None
-        sizes = [len(module.weight) for module in self.modules]
+        sizes = [module.out_features for module in self.modules]
         for name, whole in (("weight", self.joined.weight), ("bias", self.joined.bias)):
             parts = [None] * len(sizes) if whole is None else whole.split(sizes)
             if any(_address(getattr(module, name)) != _address(part) for module, part in zip(self.modules, parts)):
@@ -116,7 +133,7 @@ class FusedBlock:
         self.heads, self.mix = Products(attention, heads), inside.pop("o_proj")
         self.head_norms = [_Norm(inside.pop(name)) if name in inside else None for name in ("q_norm", "k_norm")]
         self.scores, self.width = scores[attention], attention.head_dim
-        self.kv_heads = (self.heads.outputs() - self.mix.weight.shape[1]) // (2 * self.width)
+        self.kv_heads = (self.heads.outputs() - self.mix.in_features) // (2 * self.width)
 
         around = _children(mlp)
         gates = ("gate_up_proj",) if "gate_up_proj" in around else ("gate_proj", "up_proj")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from smidgen.adapters.base import in_adapter
+from smidgen.models.quantize import quantized_layers
 from smidgen.models.vocabulary import vocabulary_layers, vocabulary_of
 
 _FORM = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-(?:[0-9a-f]{4})+")
@@ -23,6 +25,7 @@ def fingerprint(model: nn.Module, rows: Mapping[str, int] | None = None) -> str:
 
     The structure is the kind of model, its head counts, and the name and shape of each parameter. Of each parameter 96
     values (the first, middle and last 32) are rounded to bfloat16 and hashed, and 4 are kept as hexadecimal digits.
+    A weight that is stored in 4 or 8 bits is not what it was: its codes are hashed, and its samples say nothing.
     Adapters do not count, nor do rows that were added to the vocabulary (`models.vocabulary`). Full and freeze tuning
     change the base: take its fingerprint before training.
 
@@ -37,13 +40,20 @@ def fingerprint(model: nn.Module, rows: Mapping[str, int] | None = None) -> str:
     fields = ("model_type", "num_attention_heads", "num_key_value_heads")
     structure = hashlib.sha256(repr([getattr(config, field, None) for field in fields]).encode())
     blocks, samples = [], []
-    for name, parameter in sorted((name, p) for name, p in model.named_parameters() if not in_adapter(name)):
-        parameter = parameter[: counted[id(parameter)]] if id(parameter) in counted else parameter
-        structure.update(f"{name} {tuple(parameter.shape)}".encode())
-        flat = parameter.detach().flatten()
+    found: list[tuple[str, torch.Tensor, tuple[int, ...], bool]]
+    found = [(name, p, tuple(p.shape), True) for name, p in model.named_parameters() if not in_adapter(name)]
+    for path, layer in quantized_layers(model):
+        found.append((f"{path}.weight", layer.codes, (layer.out_features, layer.in_features), False))
+    for name, tensor, shape, known in sorted(found, key=lambda entry: entry[0]):
+        if id(tensor) in counted:
+            tensor = tensor[: counted[id(tensor)]]
+            shape = tuple(tensor.shape)
+        structure.update(f"{name} {shape}".encode())
+        flat = tensor.detach().flatten()
         middle = max(0, flat.numel() // 2 - _BLOCK // 2)
         blocks += [part.to(torch.bfloat16) for part in (flat[:_BLOCK], flat[middle:][:_BLOCK], flat[-_BLOCK:])]
-        samples.append(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16))
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16)
+        samples.append(sample if known else torch.full_like(sample, math.nan))
     weights = hashlib.sha256(_bytes(blocks)).hexdigest()
     return f"{weights[:16]}-{structure.hexdigest()[:16]}-{_bytes(samples).hex()}"
 
@@ -52,7 +62,8 @@ def same_base(one: str, other: str) -> bool:
     """Whether two fingerprints are of one base model.
 
     The same weights have the same fingerprint in float32 and bfloat16. By way of float16 some values are rounded
-    twice: then nine in ten samples must be equal and no other may be further than one step of bfloat16 away.
+    twice: then nine in ten samples must be equal and no other may be further than one step of bfloat16 away. Where one
+    of the two is quantised, the samples of all other weights decide.
     """
     if one == other:
         return True
@@ -62,8 +73,10 @@ def same_base(one: str, other: str) -> bool:
     if structure != other_structure:
         return False
     here, there = _values(samples), _values(other_samples)
+    known = ~(here.isnan() | there.isnan())
+    here, there = here[known], there[known]
     step = 2.0**-7 * torch.maximum(here.abs(), there.abs())
-    return bool((here == there).float().mean() >= _EQUAL_SHARE and ((here - there).abs() <= step).all())
+    return bool(known.any() and (here == there).float().mean() >= _EQUAL_SHARE and ((here - there).abs() <= step).all())
 
 
 def _bytes(tensors: list[torch.Tensor]) -> bytes:

@@ -26,6 +26,7 @@ from smidgen.models import attention
 from smidgen.models.block import FusedBlock
 from smidgen.models.fused_modules import KINDS, FusedModule
 from smidgen.models.scores import HEAD, HOOKS, Head, token_losses, vocabulary_size
+from smidgen.quant.linear import QuantizedLinear
 
 _TOKENS = 24  # of the inputs that a module or a model is tried on
 # How far a model's results may be from its own, relative to the whole: rounding adds up over its layers.
@@ -146,10 +147,12 @@ def _takes_over(module: Any, kind: type[FusedModule], how: Any) -> bool:
 
 def _answer_and_gradient(module: nn.Module, scale: float = 1, **others: Any) -> tuple[Tensor, Tensor]:
     """For one input of the module's width and type, `scale` large."""
+    stored = next((child for child in module.modules() if isinstance(child, QuantizedLinear)), None)
     weight = next(module.parameters(), torch.empty(64))
+    width, dtype = (stored.in_features, stored.dtype) if stored is not None else (weight.shape[-1], weight.dtype)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _TOKENS, weight.shape[-1], generator=generator) * scale
-    x = x.to(weight.dtype).requires_grad_()
+    x = torch.randn(1, _TOKENS, width, generator=generator) * scale
+    x = x.to(dtype).requires_grad_()
     y = module(x, **others)
     (gradient,) = torch.autograd.grad(y, x, torch.randn(y.shape, generator=generator).to(y.dtype))
     return y.detach(), gradient

@@ -11,29 +11,49 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors.torch import load_file
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from smidgen.data.sandbox import Sandbox
 from smidgen.data.templates import own_template
 from smidgen.errors import ModelError
 from smidgen.foreign import shown
 from smidgen.models.folder import check_documents, check_model_folder
+from smidgen.models.mapped import own_memory
 from smidgen.models.peft_model import PeftModel
+from smidgen.models.quantize import QuantizationConfig, kind_of, quantization_config, quantized_layers, unpack
 from smidgen.models.tokens import check_tokens, take_tokens
 from smidgen.models.vocabulary import vocabulary_of
+from smidgen.quant import bits
+from smidgen.recipe import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _END_OF_TURN = "smidgen-end-of-turn"
 
 
 def load_model(
-    path: Path, dtype: str = "auto", *, device: torch.device | None = None, say: Callable[[str], None] = print
+    path: Path,
+    dtype: str = "auto",
+    *,
+    quantization_config: BitsAndBytesConfig | None = None,
+    device: torch.device | None = None,
+    say: Callable[[str], None] = print,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model of a folder and its tokenizer; answer both, the model in evaluation mode on `device`.
 
     Args:
         path: a Hugging Face folder with safetensors weights, as `resolve_model` answers it.
         dtype: "auto", "float32", "bfloat16" or "float16"; "auto" is `choose_dtype`.
+        quantization_config: store the linear layers in 4 or 8 bits; each is quantised before the next is read. Files
+            that hold them so already are loaded as they are. With it, "auto" is its compute dtype.
         device: where the model goes; None is `best_device`.
         say: gets the lines about what was chosen.
 
@@ -42,13 +62,16 @@ def load_model(
     """
     check_model_folder(path)
     device = device or best_device()
+    if quantization_config is not None and dtype == "auto":
+        dtype = str(quantization_config.bnb_4bit_compute_dtype).removeprefix("torch.")
     chosen, reason = choose_dtype(dtype, device)
     place = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     say(f"device: {place}; dtype: {str(chosen).removeprefix('torch.')} ({reason}), adapters float32")
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
+            kind, source = _source(path, quantization_config, chosen)
+            loaded: Any = kind.from_pretrained(
+                **source,
                 dtype=chosen,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -67,18 +90,52 @@ def load_model(
     if report["unexpected_keys"]:
         extra = sorted(report["unexpected_keys"])
         say(f"{path}: {len(extra)} tensors of the files are not part of the model: {', '.join(extra[:5])}")
-    _own_memory(model)
+    own_memory(model)
+    if getattr(model.config, "quantization_config", None) is not None:
+        say(_quantized_line(model))
     return model.to(device).eval(), tokenizer
 
 
-def _own_memory(model: torch.nn.Module) -> None:
-    """Copy what lies in mapped files.
+def _source(path: Path, wanted: BitsAndBytesConfig | None, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The class that loads a model, and where from: its folder, or what the folder holds in 4 or 8 bits.
 
-    Their pages would stay in memory beside the copies that joined layers get, and a file that is replaced during a run
-    would change the weights or end the process.
+    Raises:
+        ModelError: the files hold weights that are stored in a way that is not read here, or not as it is wanted.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
+    config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        how = {} if wanted is None else {"quantization_config": QuantizationConfig(wanted, dtype)}
+        return AutoModelForCausalLM, {"pretrained_model_name_or_path": path, **how}
+    if stored.get("quant_method") != "bitsandbytes":
+        raise ModelError(f"{path}: its weights are quantised by '{shown(stored.get('quant_method'))}', not read here")
+    described: Any = BitsAndBytesConfig.from_dict(stored)
+    if wanted is not None and kind_of(wanted) != kind_of(described):
+        raise ModelError(f"{path}: its weights are {kind_of(described)} already, not {kind_of(wanted)}")
+    del config.quantization_config
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors |= load_file(file)
+    packed, rest = unpack(tensors, dtype)
+    how = {"quantization_config": QuantizationConfig(described, dtype, packed), "state_dict": rest}
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], {"pretrained_model_name_or_path": None, "config": config, **how}
+
+
+def _quantized_line(model: Any) -> str:
+    layers = [layer for _, layer in quantized_layers(model)]
+    count = sum(layer.out_features * layer.in_features for layer in layers)
+    stored = sum(bits(layer.packed) * layer.out_features * layer.in_features for layer in layers if layer.packed)
+    kind = kind_of(model.config.quantization_config)
+    return f"quantised: {count:,} parameters in {kind}, {stored / count:.3f} bits each; the rest stays as it is"
+
+
+def load_as(recipe: Recipe | None, dtype: str, device: torch.device | None = None) -> dict[str, Any]:
+    """How a recipe's base is to be loaded: arguments of `load_model`."""
+    if recipe is None or recipe.quantize is None:
+        return {"dtype": dtype}
+    chosen, _ = choose_dtype(dtype, device or best_device())
+    config = quantization_config(recipe.quantize, recipe.double_quantization, chosen)
+    return {"dtype": str(chosen).removeprefix("torch."), "quantization_config": config}
 
 
 def load_adapted(
@@ -86,6 +143,7 @@ def load_adapted(
     base: Path,
     dtype: str = "auto",
     *,
+    quantization_config: BitsAndBytesConfig | None = None,
     device: torch.device | None = None,
     force: bool = False,
     say: Callable[[str], None] = print,
@@ -99,7 +157,7 @@ def load_adapted(
         ModelError: as `load_model`.
         AdapterFileError: the adapter's files do not fit the model.
     """
-    model, tokenizer = load_model(base, dtype, device=device, say=say)
+    model, tokenizer = load_model(base, dtype, quantization_config=quantization_config, device=device, say=say)
     adapted = PeftModel.from_pretrained(model, folder, force=force)
     tokens = vocabulary_of(adapted).tokens
     check_tokens(tokenizer, tokens, str(folder))

@@ -11,7 +11,7 @@ from typing import Any
 from smidgen.adapters.config import CONFIG_NAME
 from smidgen.errors import UsageError
 from smidgen.foreign import contained, read_object
-from smidgen.models.load import load_adapted, load_model
+from smidgen.models.load import load_adapted, load_as, load_model
 from smidgen.models.resolve import resolve_model
 from smidgen.recipe import Recipe, load_recipe
 
@@ -79,4 +79,4 @@ def open_model(
     base = resolve_model(place.base)
     if place.adapter is None:
         return load_model(base, dtype, say=say)
-    return load_adapted(place.adapter, base, dtype, force=force, say=say)
+    return load_adapted(place.adapter, base, **load_as(place.recipe, dtype), force=force, say=say)

@@ -37,6 +37,7 @@ from smidgen.adapters.files import (
 )
 from smidgen.errors import AdapterFileError, UsageError, did_you_mean
 from smidgen.models.fingerprint import fingerprint, same_base
+from smidgen.models.quantize import parameter_count, take_over_bitsandbytes, unquantize
 from smidgen.models.vocabulary import give_back, row_count, settle, untouched_rows, vocabulary_of
 from smidgen.models.vocabulary_files import fit_vocabulary, metadata_of
 from smidgen.registry import METHODS
@@ -109,8 +110,7 @@ class AdaptedModel(MadeInPlace, _Model):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are in all, adapters included."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
+        return sum(p.numel() for p in self.parameters() if p.requires_grad), parameter_count(self)
 
     def print_trainable_parameters(self) -> None:
         """Print how much of the model is trained, in one line."""
@@ -204,6 +204,7 @@ class AdaptedModel(MadeInPlace, _Model):
         """Merge, then take all adapters off: answers a plain model that needs no smidgen.
 
         `progressbar` and `safe_merge` are there for peft's callers: nothing is shown, and merging is always checked.
+        A quantised base becomes a plain one too: its weights as they were computed with, and the update.
         Where an adapter changed only one of several layers that shared a weight, they are untied and a warning says
         how much larger the saved model is.
 
@@ -214,7 +215,9 @@ class AdaptedModel(MadeInPlace, _Model):
         for _, module in list(attach.adapted_modules(self)):
             module._replaced.clear()
         settle(self)
-        return self.unload()
+        self.unload()
+        unquantize(self)
+        return self
 
     def unload(self) -> Any:
         """Take all adapters off; the weights stay as they are now, without rows that were added for the adapters."""
@@ -423,6 +426,7 @@ def get_peft_model(
 
 def _adaptable(model: Any) -> Any:
     if not isinstance(model, AdaptedModel):
+        take_over_bitsandbytes(model)
         model.__class__ = class_with(AdaptedModel, type(model))
         # transformers' Trainer asks for this mark where the base is quantised.
         model.__dict__.update(_adapters=State(), _hf_peft_config_loaded=True)
