@@ -3,7 +3,7 @@
 A checkpoint is a folder ``step-N`` with
 
 - ``weights.safetensors``: the trainable parameters under their names in the model,
-- ``optimizer.safetensors``: the optimizer's tensors as ``<parameter>.<what>``,
+- ``optimizer.safetensors``: the optimizer's states as ``<parameter>.<state>``,
 - ``random.safetensors``: the states of torch's generators as ``<rank>.<device>``,
 - ``state.json``: where the run stands, the generators of Python and numpy of each rank, the recipe.
 
@@ -34,6 +34,7 @@ from smidgen.foreign import contained, read_object, shown
 from smidgen.safetensors_header import read_header
 from smidgen.training.guards import check_disk, check_finite
 from smidgen.training.launch import rank
+from smidgen.training.optimizers.states import Named, state_bytes, trainable
 from smidgen.training.processes import collect, gather_bytes, is_first, spread_like, world
 from smidgen.training.zero import Zero
 
@@ -53,13 +54,13 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | Zero) -> None:
+    def restore(self, model: nn.Module, optimizer: Named | Zero) -> None:
         """Put weights, optimizer and random generators back, in place.
 
         Raises:
             UsageError: a file is damaged, or its tensors are not those of the model; nothing was changed then.
         """
-        weights, moments, generators = (_read(self.folder / name) for name in (WEIGHTS, OPTIMIZER, RANDOM))
+        weights, states, generators = (_read(self.folder / name) for name in (WEIGHTS, OPTIMIZER, RANDOM))
         own = trainable(model)
         problems = [f"only in the checkpoint: {name}" for name in weights.keys() - own.keys()]
         problems += [f"only in the model: {name}" for name in own.keys() - weights.keys()]
@@ -68,31 +69,31 @@ class Checkpoint:
             for name in own.keys() & weights.keys()
             if own[name].shape != weights[name].shape
         ]
-        for key, moment in moments.items():
-            name = key.rpartition(".")[0]
-            if name not in own or (moment.ndim and moment.shape != own[name].shape):
-                problems.append(f"{OPTIMIZER}: '{shown(key)}' of shape {tuple(moment.shape)} belongs to no parameter")
+        expected = {
+            f"{name}.{what}": like for name, all_of in optimizer.layout.items() for what, like in all_of.items()
+        }
+        for key, state in states.items():
+            if key not in expected or (state.shape, state.dtype) != (expected[key].shape, expected[key].dtype):
+                problems.append(f"{OPTIMIZER}: '{shown(key)}' of shape {tuple(state.shape)} belongs to no parameter")
+        begun = {key.rpartition(".")[0] for key in states}
+        missing = [key for key in expected if key.rpartition(".")[0] in begun and key not in states]
+        problems += [f"{OPTIMIZER}: '{key}' is missing" for key in missing]
         raise_all(UsageError, sorted(f"{self.folder}: {problem}" for problem in problems))
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(spread_like(weights[name], parameter))
-        _restore_optimizer(optimizer, moments)
+        optimizer.restore({key: spread_like(state, own[key.rpartition(".")[0]]) for key, state in states.items()})
         try:
             _restore_random(self.state["random"], generators)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
             raise UsageError(f"{self.folder}: the random generators are damaged: {shown(error)}") from error
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that need a gradient, by name; a tied one once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def save(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | Zero,
+    optimizer: Named | Zero,
     state: Mapping[str, Any],
     keep: int | None,
 ) -> Path:
@@ -103,7 +104,7 @@ def save(
     Raises:
         TrainingStopped: a tensor is not finite, or the disk is full; earlier checkpoints are as they were.
     """
-    weights, moments = collect(trainable(model)), collect(_optimizer_tensors(optimizer))
+    weights, states = collect(trainable(model)), collect(optimizer.tensors())
     generators, random_states = _gather_random(next(model.parameters()).device)
     final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
     if final.exists() or not is_first():
@@ -111,10 +112,10 @@ def save(
     check_finite(weights.items())
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        check_disk(folder, sum(tensor.nbytes for tensor in (*weights.values(), *moments.values())))
+        check_disk(folder, sum(tensor.nbytes for tensor in (*weights.values(), *states.values())))
         partial.mkdir(parents=True)
         save_file(weights, partial / WEIGHTS)
-        save_file(moments, partial / OPTIMIZER)
+        save_file(states, partial / OPTIMIZER)
         save_file(generators, partial / RANDOM)
         document = {"format": FORMAT, "step": step, **state, "processes": world(), "random": random_states}
         (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
@@ -167,9 +168,9 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         raise UsageError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def size(model: nn.Module) -> int:
-    """The bytes of one checkpoint: the trainable parameters and AdamW's two moments of each."""
-    return 3 * sum(parameter.numel() * parameter.element_size() for parameter in trainable(model).values())
+def size(model: nn.Module, optim: str) -> int:
+    """The bytes of one checkpoint: the trainable parameters and their states."""
+    return sum(parameter.nbytes for parameter in trainable(model).values()) + state_bytes(model, optim)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -189,32 +190,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _named(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    return {
-        name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"], strict=True)
-    }
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer | Zero) -> dict[str, torch.Tensor]:
-    if isinstance(optimizer, Zero):
-        return optimizer.tensors()
-    return {
-        f"{name}.{what}": tensor
-        for name, parameter in _named(optimizer).items()
-        for what, tensor in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer | Zero, tensors: Mapping[str, torch.Tensor]) -> None:
-    if isinstance(optimizer, Zero):
-        return optimizer.restore(tensors)
-    parameters = _named(optimizer)
-    optimizer.state.clear()
-    for key, tensor in tensors.items():
-        name, _, what = key.rpartition(".")
-        optimizer.state[parameters[name]][what] = spread_like(tensor, parameters[name])
 
 
 def _gather_random(device: torch.device) -> tuple[dict[str, torch.Tensor], list[Any]]:

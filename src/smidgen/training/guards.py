@@ -119,6 +119,6 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UsageError(
-            f"{folder}: {needed / 1e9:.2f} GB are needed for checkpoints and the result, {free / 1e9:.2f} GB "
+            f"{folder}: {needed / 1e9:.2f} GB are needed for what the run writes, {free / 1e9:.2f} GB "
             "are free. Free some space, write elsewhere with output=FOLDER, or keep fewer with train.save_total_limit=1"
         )

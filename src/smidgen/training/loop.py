@@ -36,6 +36,7 @@ from smidgen.training import checkpoint, processes, zero
 from smidgen.training.guards import BAD_UPDATES_IN_A_ROW, GradientGuard, Interrupted, first_bad_module
 from smidgen.training.objectives import Collating, Objective
 from smidgen.training.optimizers import learning_rate, make_optimizer, updates_of
+from smidgen.training.optimizers.states import trainable
 from smidgen.training.progress import Progress
 from smidgen.training.start import Start
 from smidgen.training.zero import Zero
@@ -83,16 +84,16 @@ class Loop:
     held_out_loss: float | None = field(default=None, init=False)  # as last evaluated
 
     def __post_init__(self) -> None:
-        self.guard = GradientGuard(self.learners or checkpoint.trainable(self.model))
+        self.guard = GradientGuard(self.learners or trainable(self.model))
         if not self.rows.supervised_counts.sum():
             raise DataError(f"0 supervised tokens in {len(self.rows):,} rows: there is nothing to learn from")
-        self.parameters = checkpoint.trainable(self.model)
+        self.parameters = trainable(self.model)
         self.lengths = self.rows.lengths
-        adamw = make_optimizer(self.parameters.items(), self.train)
-        self.zero = Zero(self.model, adamw, self.train.max_grad_norm) if zero.asked() else None
-        self.optimizer: Any = self.zero or adamw
+        whole = make_optimizer(self.model, self.train, self.folder)
+        self.zero = Zero(self.model, whole, self.train.max_grad_norm) if zero.asked() else None
+        self.optimizer: Any = self.zero or whole
         halves = [p.dtype for p in self.model.parameters()].count(torch.float16) or self.autocast == torch.float16
-        # Small gradients vanish in float16, so the loss is scaled up; AdamW does not see it.
+        # Small gradients vanish in float16, so the loss is scaled up; the optimizer does not see it.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=bool(halves))
         self.updates_per_epoch = math.ceil(len(self.rows) / self.train.batch_size)
         self.total = updates_of(self.train, len(self.rows))
@@ -205,7 +206,7 @@ class Loop:
         self.guard.check()
         rate = learning_rate(self.train, self.step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1

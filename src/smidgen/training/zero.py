@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from smidgen.recipe import TrainRecipe
+from smidgen.training.optimizers.states import Named
 
 STAGE = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,6 +60,8 @@ def problems(train: TrainRecipe, trains_base: bool) -> Iterator[str]:
         yield f"DeepSpeed trains adapters here; for full and freeze tuning {instead}"
     if train.dtype == "float16":
         yield "train.dtype: float16 does not go with DeepSpeed here; take 'dtype: bfloat16'"
+    if train.optim != "adamw":
+        yield f"train.optim: DeepSpeed spreads the states of adamw alone, not of {train.optim}; take 'optim: adamw'"
     if train.fsdp:
         yield "train.fsdp: DeepSpeed and FSDP both spread the training over the processes; keep one of the two"
 
@@ -69,7 +72,7 @@ class Zero:
     All processes call every method together, and make the same number of backward passes for an update.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float):
+    def __init__(self, model: nn.Module, optimizer: Named, max_grad_norm: float):
         device = next(model.parameters()).device
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         self._deepspeed: Any = importlib.import_module("deepspeed")
@@ -81,9 +84,7 @@ class Zero:
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": max_grad_norm,
         }
-        self.named = {
-            name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"], strict=True)
-        }
+        self.named, self.layout = optimizer.named, optimizer.layout
         self._optimizer = optimizer
         self._engine: Any = self._deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         for group in optimizer.param_groups:
