@@ -376,6 +376,7 @@ def test_several_processes_on_mps_are_refused(monkeypatch):
         ({}, {}, True, r"DeepSpeed trains adapters here; for full and freeze tuning .*fsdp: full_shard"),
         ({}, {"fsdp": "full_shard"}, False, r"DeepSpeed and FSDP both spread"),
         ({}, {"dtype": "float16"}, False, r"float16 does not go with DeepSpeed"),
+        ({}, {"optim": "adafactor"}, False, r"DeepSpeed spreads the states of adamw alone, not of adafactor"),
         ({"WORLD_SIZE": "1"}, {}, False, r"DeepSpeed: one process has nothing to share"),
     ],
 )
@@ -399,6 +400,7 @@ def test_a_quantised_base_is_not_sharded(tmp_path, config, told):
     ("override", "told"),
     [
         (["train.fsdp=full_shard", "train.dtype=float16"], r"train\.fsdp: float16 needs scaled losses.*bfloat16"),
+        (["train.fsdp=full_shard", "train.optim=lion"], r"train\.optim: 'fsdp' spreads the states of adamw alone"),
         (["train.fsdp=shard_grad_op"], r"train\.fsdp: must be 'full_shard', got \"shard_grad_op\""),
     ],
 )

@@ -58,6 +58,10 @@ def test_a_run_leaves_everything_that_is_needed_and_a_proof(tmp_path):
     proof, lines = carry_out(write_recipe(tmp_path, save_steps=6))
     folder = tmp_path / "run"
     assert proof.passed, proof.lines()
+    memory = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+    forecast = memory["forecast"]
+    assert forecast["peak"] == sum(size for name, size in forecast.items() if name != "peak")
+    assert forecast["peak"] == pytest.approx(memory["measured"]["peak"], rel=0.1)
     names = [check.name for check in proof.checks]
     assert names[:3] == ["loss", "moved", "frozen"]
     assert names[3:] == ["base", "keys", "acts", "off", "reload", "template", "stop", "merge"]
@@ -187,7 +191,7 @@ def test_running_out_of_memory_shows_the_forecast_and_the_smallest_change(tmp_pa
     lines = str(told.value).splitlines()
     assert lines[0] == "out of memory in step 1; this was the forecast."
     assert lines[1].startswith("memory: weights") and "fits: yes (needs" in lines[2]
-    assert re.fullmatch(r"smallest change: train.micro_batch_tokens=\d+ \(peak .* MB\)", lines[-1])
+    assert re.fullmatch(r"smallest change: train.micro_batch_tokens=\d+ \(peak .* [MG]B\)", lines[-1])
 
 
 def test_other_errors_of_the_machine_are_not_called_out_of_memory(tmp_path, monkeypatch):

@@ -22,9 +22,12 @@ def check(
     checked, notes = load_recipe(recipe, overrides or [])
     for note in notes:
         typer.echo(f"note: {note}")
+    from smidgen.models.fuse import fused
     from smidgen.training.setup import make_trainable, plan, prepare
 
     setup = prepare(checked, init_adapter, typer.echo)
     make_trainable(setup, typer.echo)
-    if not plan(setup, typer.echo).fits:
+    with fused(setup.model, typer.echo):
+        forecast = plan(setup, typer.echo)
+    if not forecast.fits:
         raise UsageError("the run does not fit into memory")

@@ -21,7 +21,7 @@ import smidgen
 from smidgen import threads
 from smidgen.errors import SmidgenError, did_you_mean
 
-COMMANDS = ("train", "check", "evaluate", "chat", "generate", "merge", "verify", "methods", "inspect", "bench")
+COMMANDS = ("train", "check", "plan", "evaluate", "chat", "generate", "merge", "verify", "methods", "inspect", "bench")
 
 
 def summary(name: str) -> str:

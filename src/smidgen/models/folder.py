@@ -26,8 +26,11 @@ _TEXTS += ("added_tokens.json", "chat_template.json", "preprocessor_config.json"
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _MOST_LAYERS = 1000
 _MOST_POSITIONS = 2**24
-_SIZES = ("size", "dim", "hidden", "inner", "heads", "experts", "n_head", "n_embd", "d_model", "d_ff", "d_kv")
+_SIZES = ("size", "dim", "hidden", "inner", "heads", "n_head", "n_embd", "d_model", "d_ff", "d_kv")
 _PACKED = 2  # numbers in a byte, at most: 4 bits each
+# Without weights to hold them against: what a size, and a number of experts, may be in a configuration.
+_LARGEST_SIZE = 2**22
+_MOST_EXPERTS = 2**12
 
 
 def check_model_folder(folder: Path) -> dict[str, Tensor]:
@@ -42,9 +45,21 @@ def check_model_folder(folder: Path) -> dict[str, Tensor]:
     if "config.json" not in documents:
         raise ModelError(f"{folder}: no config.json in it, so it is no model folder")
     tensors = read_weights(folder)
-    _check_sizes(folder / "config.json", documents["config.json"], tensors)
+    held = _PACKED * sum(tensor.bytes for tensor in tensors.values())
+    _check_sizes(folder / "config.json", documents["config.json"], min(_MOST_LAYERS, len(tensors)), held, held)
     _check_claim(folder, tensors)
     return tensors
+
+
+def check_configuration(path: Path) -> None:
+    """Check a model's configuration that stands alone: its weights are not there, or do not count.
+
+    Raises:
+        ModelError: it is damaged, asks for code, or claims sizes that no model has.
+    """
+    document = read_object(path, ModelError)
+    _refuse_code(path, document)
+    _check_sizes(path, document, _MOST_LAYERS, _LARGEST_SIZE, _MOST_EXPERTS)
 
 
 def check_documents(folder: Path) -> dict[str, dict[str, Any]]:
@@ -135,17 +150,19 @@ def _refuse_code(path: Path, document: dict[str, Any]) -> None:
             )
 
 
-def _check_sizes(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    held = _PACKED * sum(tensor.bytes for tensor in tensors.values())
+def _check_sizes(path: Path, config: dict[str, Any], layers: int, size: int, experts: int) -> None:
+    """Refuse fields of a configuration that are larger than what is given, which is the most that can be meant."""
     for field, value in _fields(config):
         if not isinstance(value, int) or isinstance(value, bool):
             continue
         if field in _LAYERS:
-            most = min(_MOST_LAYERS, len(tensors))
+            most = layers
         elif "positions" in field or "position_embeddings" in field:
             most = _MOST_POSITIONS
+        elif "experts" in field:
+            most = experts
         elif any(word in field for word in _SIZES):
-            most = held
+            most = size
         else:
             continue
         if abs(value) > most:

@@ -6,6 +6,8 @@ rather than converted halfway. Quantised weights are dequantised once and kept a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,40 @@ def convert(file: Path, folder: Path) -> None:
     Raises:
         ModelError: the file is no GGUF file, or of an architecture, setting, tokenizer or tensor not covered here.
     """
+    with _opened(file) as opened:
+        tokenizer, special = _tokenizer(file, opened.metadata)
+        config = _config(file, opened.name, opened.metadata, opened.tensors, special)
+        weights = _weights(file, opened.name, config, opened.tensors)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(**special | {"eos_token_id": _stops(opened.metadata)}).save_pretrained(folder)
+
+
+def describe(file: Path) -> tuple[PretrainedConfig, PreTrainedTokenizerFast, list[int]]:
+    """Configuration, tokenizer and stop tokens of a GGUF file, from its header; no weight is read.
+
+    Raises:
+        ModelError: as `convert`.
+    """
+    with _opened(file) as opened:
+        tokenizer, special = _tokenizer(file, opened.metadata)
+        config = _config(file, opened.name, opened.metadata, opened.tensors, special)
+        return config, tokenizer, _stops(opened.metadata)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A GGUF file: the name of its architecture, its fields and its tensors by name."""
+
+    name: str
+    metadata: dict[str, Any]
+    tensors: dict[str, Any]
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[_Opened]:
+    """Open a GGUF file of a covered architecture; what goes wrong with its fields inside the block is told."""
     check_header(file)
     try:
         reader = gguf.GGUFReader(file)
@@ -90,18 +126,12 @@ def convert(file: Path, folder: Path) -> None:
             f"{', '.join(_ARCHITECTURES)}; for others give the model's Hugging Face folder or hub id."
         )
     try:
-        tokenizer, special = _tokenizer(file, metadata)
-        config = _config(file, name, metadata, tensors, special)
-        weights = _weights(file, name, config, tensors)
+        yield _Opened(name, metadata, tensors)
     except ModelError:
         raise
     except Exception as error:  # fields that are absent, of another kind, or at odds with each other
         problem = f"{type(error).__name__} {shown(error)}"
         raise ModelError(f"{file}: its fields do not describe a {name} model: {problem}") from error
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    GenerationConfig(**special | {"eos_token_id": _stops(metadata)}).save_pretrained(folder)
 
 
 def _config(file: Path, name: str, metadata: dict, tensors: dict, special: dict[str, int]) -> PretrainedConfig:

@@ -24,7 +24,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from smidgen.errors import ModelError, did_you_mean
 from smidgen.foreign import PICKLES, read_object, shown
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_WEIGHTS = "*.safetensors"
+_HUB_FILES = [_WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,15 @@ BUILT_IN = {
 }
 
 
-def resolve_model(name: str, *, say: Callable[[str], None] = print) -> Path:
+def resolve_model(name: str, *, weights: bool = True, say: Callable[[str], None] = print) -> Path:
     """Answer the local folder of the model called `name`, fetching or converting it first where needed.
 
     The name is looked at as a local folder, a GGUF file, a built-in name and a hub id, in this order. Nothing touches
     the network when the model is local or cached.
+
+    Args:
+        weights: whether the weights are needed. Otherwise they may be missing and are not fetched from the hub; a
+            GGUF file, or a configuration in JSON, is answered as it is.
 
     Raises:
         ModelError: there is no such model, it cannot be fetched, or it is kept in pickle files.
@@ -60,12 +65,12 @@ def resolve_model(name: str, *, say: Callable[[str], None] = print) -> Path:
         raise ModelError(f"{name}: refused: a network share; copy the model here, or mount the share under a name")
     path = Path(os.path.expanduser(name))  # an unknown ~user stays as it is
     if os.path.isdir(path):
-        return _checked(path, say)
+        return _checked(path, say, weights)
     if os.path.isfile(path):
-        return _from_file(path, say)
+        return path if not weights and path.suffix in (".gguf", ".json") else _from_file(path, say)
     if name in BUILT_IN:
         return _built_in(name, say)
-    return _checked(_from_hub(name, say), say)
+    return _checked(_from_hub(name, say, weights), say, weights)
 
 
 def cache_folder() -> Path:
@@ -74,13 +79,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SMIDGEN_CACHE") or caches / "smidgen").expanduser()
 
 
-def _checked(folder: Path, say: Callable[[str], None]) -> Path:
+def _checked(folder: Path, say: Callable[[str], None], weights: bool) -> Path:
     """Answer `folder` if it can be loaded without pickle and without code of its own."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder}: is an adapter, not a model; its adapter_config.json names the base model")
         raise ModelError(f"{folder}: no config.json in it, so it is no model folder")
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         raise pickle_refused(folder / pickles[0]) if pickles else ModelError(f"{folder}: no *.safetensors file in it")
     for file in ("config.json", "tokenizer_config.json"):
@@ -157,7 +162,7 @@ def _converted(key: str, source: Callable[[Path], Path], say: Callable[[str], No
     return target
 
 
-def _from_hub(name: str, say: Callable[[str], None]) -> Path:
+def _from_hub(name: str, say: Callable[[str], None], weights: bool) -> Path:
     """Answer the snapshot folder of a hub id: from the hub's own cache, else downloaded (never a pickle)."""
     tried = f"{name}: no local folder or file, no built-in model ({', '.join(BUILT_IN)})"
     near = did_you_mean(name, BUILT_IN)
@@ -165,7 +170,7 @@ def _from_hub(name: str, say: Callable[[str], None]) -> Path:
         raise ModelError(tried + near)
     try:
         cached = Path(snapshot_download(name, local_files_only=True))
-        if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):
+        if (cached / "config.json").is_file() and (not weights or any(cached.glob("*.safetensors"))):
             return cached
     except HFValidationError as error:
         raise ModelError(f"{tried}, and no valid hub id") from error
@@ -175,6 +180,7 @@ def _from_hub(name: str, say: Callable[[str], None]) -> Path:
         raise ModelError(f"{tried}, and not in the local hub cache; HF_HUB_OFFLINE is set, so the hub was not asked")
     say(f"{name}: downloading from {constants.ENDPOINT}")
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
+        wanted = _HUB_FILES if weights else [pattern for pattern in _HUB_FILES if pattern != _WEIGHTS]
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, OSError) as error:
         raise ModelError(f"{tried}, and {constants.ENDPOINT} did not give it: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,37 +29,59 @@ HEAD = "fused_head"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class Learned(NamedTuple):
+    """Where a batch is learned.
+
+    rows, columns: (N,) the places whose logits count. targets: (N,) the tokens that follow. kept: the columns without
+    repeats. place: (N,) where in `kept` each column stands.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    targets: torch.Tensor
+    kept: torch.Tensor
+    place: torch.Tensor
+
+
+def learned(batch: Batch) -> Learned:
+    """Find the places of a batch whose next token is supervised."""
+    follows = batch.labels[:, 1:] != IGNORED
+    rows, columns = follows.nonzero(as_tuple=True)
+    kept = columns.unique()
+    return Learned(rows, columns, batch.labels[:, 1:][follows], kept, torch.searchsorted(kept, columns))
+
+
 def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of every supervised token of a batch.
-
-    The vocabulary is the widest matrix of a small model, so logits are computed only where a supervised token follows:
-    exactly there in a packed batch, in the union of the rows' columns in a padded one. A model whose forward has no
-    `logits_to_keep` computes them all. Packed rows are told apart by their `position_ids`, without an attention mask.
 
     Returns:
         (N,) float32 losses in nats, and (N,) int64 indices of the rows they belong to.
     """
-    follows = batch.labels[:, 1:] != -100
-    rows, columns = follows.nonzero(as_tuple=True)
-    targets = batch.labels[:, 1:][follows]
+    at = learned(batch)
+    return losses_at(model, batch, at), row_indices(batch)[at.rows, at.columns + 1]
 
+
+def losses_at(model: Any, batch: Batch, at: Learned) -> torch.Tensor:
+    """(N,) float32: the cross-entropy in nats of the tokens that follow the given places of a batch.
+
+    The vocabulary is the widest matrix of a small model, so logits are computed only where a supervised token follows:
+    exactly there in a packed batch, in the union of the rows' columns in a padded one. A model whose forward has no
+    `logits_to_keep` computes them all. Packed rows are told apart by their `position_ids`, without an attention mask.
+    """
     inputs: dict = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.attention_mask is not None:
         inputs["attention_mask"] = batch.attention_mask
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids
-    indices = row_indices(batch)[:, 1:][follows]
     if head := _head(model):
-        hidden = model.get_decoder()(**inputs).last_hidden_state[rows, columns]
+        hidden = model.get_decoder()(**inputs).last_hidden_state[at.rows, at.columns]
         layer = model.get_output_embeddings()
         options = {"softcap": head.softcap, "logit_scale": head.scale}
-        return linear_cross_entropy(hidden, layer.weight, targets, layer.bias, **options), indices
+        return linear_cross_entropy(hidden, layer.weight, at.targets, layer.bias, **options)
+    columns = at.columns
     if takes(model, "logits_to_keep"):
-        kept = columns.unique()
-        inputs["logits_to_keep"] = kept
-        columns = torch.searchsorted(kept, columns)
-    logits = model(**inputs).logits
-    return token_cross_entropy(logits[rows, columns], targets), indices
+        inputs["logits_to_keep"], columns = at.kept, at.place
+    return token_cross_entropy(model(**inputs).logits[at.rows, columns], at.targets)
 
 
 def _head(model: Any) -> Head | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from smidgen.data.packing import Batch
 from smidgen.data.rows import TokenRows
 from smidgen.models.load import free_memory
 from smidgen.models.scores import vocabulary_size
+from smidgen.recipe import TrainRecipe
+from smidgen.training.memory import give_back, held
 from smidgen.training.objectives import Collating, Objective
+from smidgen.training.optimizers.states import held_bytes
 
+PARTS = ("weights", "trained", "gradients", "optimizer", "activations", "logits", "libraries")
 PROBE_TOKENS = 512
 REPEATED_BELOW = 1.0  # seconds: in a longer pass the first time weighs little
 # Wider micro-batches gain little speed: see docs/training.md for the measurements.
@@ -31,19 +38,27 @@ PREFERRED_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 8192}
 
 @dataclass(frozen=True)
 class Probe:
-    """What one pass over `tokens` tokens took: bytes of activations and logits at its peak, and seconds."""
+    """What one pass over `tokens` tokens took: bytes of activations and logits at its peak, and seconds.
+
+    held: the bytes that the process held on the device before.
+    """
 
     tokens: int
     activations: int
     logits: int
     seconds: float
+    held: int
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes that the run will hold at its peak, by what they are for.
+    """Bytes that a run will hold at its peak, by what they are for, and the time of its updates.
 
-    free: what the device still has. seconds: of all updates. remedy: a change of the recipe that needs less.
+    libraries: all that is held beside the model before the first step: on a CPU code, tokenizer and
+        rows; on a GPU what its driver takes.
+    loaded: how much of all that is held already. free: what the device can give beside it.
+    rate: seconds for each token; None: not known. tokens: of all updates; None: not known.
+    remedy: a change of the recipe that needs less.
     """
 
     weights: int
@@ -52,28 +67,38 @@ class Forecast:
     optimizer: int
     activations: int
     logits: int
+    libraries: int
+    loaded: int
     free: int
     micro_batch_tokens: int
-    seconds: float
+    rate: float | None
+    tokens: float | None
     remedy: str = ""
+
+    def bytes(self) -> dict[str, int]:
+        """What is counted, by name."""
+        return {name: getattr(self, name) for name in PARTS}
 
     @property
     def peak(self) -> int:
-        return self.weights + self.trained + self.missing
+        return sum(self.bytes().values())
 
     @property
     def missing(self) -> int:
-        """What is not held yet: everything but the loaded model."""
-        return self.gradients + self.optimizer + self.activations + self.logits
+        """What is not held yet."""
+        return self.peak - self.loaded
 
     @property
     def fits(self) -> bool:
         return self.missing <= self.free
 
+    @property
+    def seconds(self) -> float | None:
+        return None if self.rate is None or self.tokens is None else self.rate * self.tokens
+
     def lines(self) -> list[str]:
         """The forecast for people; where it does not fit, with the smallest change that does."""
-        names = ("weights", "trained", "gradients", "optimizer", "activations", "logits")
-        parts = "  ".join(f"{name} {size_text(getattr(self, name))}" for name in names)
+        parts = "  ".join(f"{name} {size_text(size)}" for name, size in self.bytes().items())
         fits = (
             f"fits: {'yes' if self.fits else 'no'} (needs {size_text(self.missing)} more, {size_text(self.free)} free)"
         )
@@ -81,7 +106,7 @@ class Forecast:
             f"memory: {parts}",
             f"peak: {size_text(self.peak)} at {self.micro_batch_tokens:,} tokens at once; "
             + (fits if self.fits else f"{fits}. Smallest change: {self.remedy}"),
-            f"time: about {_duration(self.seconds)}",
+            f"time: about {duration(self.seconds)}",
         ]
 
 
@@ -121,90 +146,112 @@ class LiveBytes(TorchDispatchMode):
 
 
 def probe(
-    model: nn.Module, objective: Objective, rows: TokenRows, how: Collating, autocast: torch.dtype | None
+    model: nn.Module,
+    objective: Objective,
+    rows: TokenRows,
+    how: Collating,
+    autocast: torch.dtype | None,
+    tokens: int = PROBE_TOKENS,
 ) -> Probe:
-    """Run forward and backward over some 512 tokens of the longest rows; gradients and generators stay untouched."""
-    device = next(model.parameters()).device
-    longest = np.argsort(rows.lengths)[::-1]
-    few = longest[: max(1, PROBE_TOKENS // max(1, int(rows.lengths.max())))].tolist()
-    batch = objective.collate(rows, few, replace(how, token_budget=PROBE_TOKENS))[0].to(device)
-    learners = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learners:
-        parameter.grad = torch.zeros_like(parameter)  # so that gradients do not count as activations
+    """Run forward and backward over some `tokens`: the longest row that is learned from, repeated.
 
-    def run() -> float:
-        begun = time.perf_counter()
-        with torch.no_grad():
-            objective.prepare(model, batch)
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            loss = objective.loss(model, batch)[0].sum()
-        loss.backward()
-        loss.item()
-        return time.perf_counter() - begun
+    Gradients and generators stay untouched.
+    """
+    device, row = next(model.parameters()).device, int(np.argmax(rows.lengths * (rows.supervised_counts > 0)))
+    longest = int(rows.lengths[row])
+    alike = [row] * max(1, tokens // longest)
+    batch = objective.collate(rows, alike, replace(how, token_budget=max(tokens, longest)))[0].to(device)
+    give_back()
+    before = held(device)
 
     was_training = model.training
     model.train()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), empty_gradients(model):
         with LiveBytes(vocabulary_size(model)) as live:
-            seconds = run()
+            seconds = one_pass(model, objective, batch, autocast)
         if seconds < REPEATED_BELOW:
-            seconds = run()
+            seconds = one_pass(model, objective, batch, autocast)
     model.train(was_training)
+    return Probe(batch.input_ids.numel(), *live.peak, seconds, before)
+
+
+def one_pass(model: nn.Module, objective: Objective, batch: Batch, autocast: torch.dtype | None) -> float:
+    """Run forward and backward over a batch; answer the seconds."""
+    begun = time.perf_counter()
+    with torch.no_grad():
+        objective.prepare(model, batch)
+    with torch.autocast(batch.input_ids.device.type, autocast, enabled=autocast is not None):
+        loss = objective.loss(model, batch)[0].sum()
+    loss.backward()
+    loss.item()
+    return time.perf_counter() - begun
+
+
+@contextmanager
+def empty_gradients(model: nn.Module) -> Iterator[None]:
+    """Gradients are there inside the block, so that they do not count as activations; none is left after it."""
+    learners = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learners:
-        parameter.grad = None
-    return Probe(batch.input_ids.numel(), *live.peak, seconds)
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        yield
+    finally:
+        for parameter in learners:
+            parameter.grad = None
+
+
+def at_once(rows: TokenRows, how: Collating, batch_size: int) -> int:
+    """The most tokens that a micro-batch may have."""
+    longest = int(rows.lengths.max())
+    most = max(longest, min(how.token_budget, batch_size * longest))
+    return most if how.packing else most - most % longest
 
 
 def forecast(
-    model: nn.Module, taken: Probe, rows: TokenRows, how: Collating, batch_size: int, updates: int
+    model: nn.Module, taken: Probe, rows: TokenRows, how: Collating, train: TrainRecipe, updates: int
 ) -> Forecast:
-    """Scale a probe to a whole run of `updates` updates of `batch_size` rows."""
-    longest = int(rows.lengths.max())
-    at_once = max(longest, min(how.token_budget, batch_size * longest))
+    """Scale a probe to a whole run of `updates` updates."""
+    tokens = at_once(rows, how, train.batch_size)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    all_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    tokens = float(rows.lengths.mean()) * batch_size * updates
+    trained_bytes = sum(parameter.nbytes for parameter in trained)
+    all_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    libraries = max(0, taken.held - all_bytes)
     return Forecast(
         weights=all_bytes - trained_bytes,
         trained=trained_bytes,
         gradients=trained_bytes,
-        optimizer=2 * trained_bytes,
-        activations=taken.activations * at_once // taken.tokens,
-        logits=taken.logits * at_once // taken.tokens,
+        optimizer=held_bytes(model, train.optim),
+        activations=taken.activations * tokens // taken.tokens,
+        logits=taken.logits * tokens // taken.tokens,
+        libraries=libraries,
+        loaded=all_bytes + libraries,
         free=free_memory(next(model.parameters()).device),
-        micro_batch_tokens=at_once,
-        seconds=taken.seconds / taken.tokens * tokens,
+        micro_batch_tokens=tokens,
+        rate=taken.seconds / taken.tokens,
+        tokens=float(rows.lengths.mean()) * train.batch_size * updates,
     )
 
 
 def choose_budget(
-    model: nn.Module, taken: Probe, rows: TokenRows, how: Collating, batch_size: int, updates: int
+    model: nn.Module, taken: Probe, rows: TokenRows, how: Collating, train: TrainRecipe, updates: int
 ) -> Collating:
     """Halve the token budget until the forecast fits, but not below the longest row."""
-    while how.token_budget > rows.lengths.max() and not forecast(model, taken, rows, how, batch_size, updates).fits:
+    while how.token_budget > rows.lengths.max() and not forecast(model, taken, rows, how, train, updates).fits:
         how = replace(how, token_budget=how.token_budget // 2)
     return how
 
 
 def remedy(
-    model: nn.Module,
-    taken: Probe,
-    rows: TokenRows,
-    how: Collating,
-    batch_size: int,
-    updates: int,
-    needed: int,
-    checkpointing: bool,
+    model: nn.Module, taken: Probe, rows: TokenRows, how: Collating, train: TrainRecipe, updates: int, needed: int
 ) -> str:
     """The smallest change of the recipe with which at most `needed` bytes are held beside the loaded model."""
     longest = int(rows.lengths.max())
     while how.token_budget > longest:
         how = replace(how, token_budget=max(longest, how.token_budget // 2))
-        found = forecast(model, taken, rows, how, batch_size, updates)
+        found = forecast(model, taken, rows, how, train, updates)
         if found.missing <= needed:
             return f"train.micro_batch_tokens={how.token_budget} (peak {size_text(found.peak)})"
-    if not checkpointing:
+    if not train.gradient_checkpointing:
         return "train.gradient_checkpointing=true, which keeps less of each layer and computes it again"
     return f"data.max_length={longest // 2}, or a smaller model"
 
@@ -218,7 +265,10 @@ def size_text(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float | None) -> str:
+    """Seconds as people read them."""
+    if seconds is None:
+        return "not known"
     return (
         f"{seconds:.0f} s"
         if seconds < 100

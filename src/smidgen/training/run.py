@@ -4,6 +4,7 @@
     environment.json   versions, machine, dtype
     log.jsonl          one line for each logged step
     checkpoints/       step-N, see `training.checkpoint`
+    memory.json        bytes by what they were for: as forecast, and the peak as measured
     adapter/ or model/ what was trained, with the tokenizer, its chat template and the stop tokens
     record.json        what `smidgen verify` has to find again from these files
     proof.json         what was checked at the end, with numbers, and samples
@@ -39,8 +40,9 @@ from smidgen.registry import METHODS
 from smidgen.training import checkpoint, processes, proof, zero
 from smidgen.training.guards import check_disk, check_finite
 from smidgen.training.loop import Loop
-from smidgen.training.memory import PeakMemory, give_back, held, keep_freed, telling_out_of_memory
+from smidgen.training.memory import PeakMemory, give_back, keep_freed, telling_out_of_memory
 from smidgen.training.optimizers import updates_of
+from smidgen.training.optimizers.states import is_paged, state_bytes
 from smidgen.training.plan import size_text
 from smidgen.training.setup import Say, Setup, make_trainable, plan, prepare
 from smidgen.training.start import Start
@@ -52,6 +54,7 @@ PARTS = (
     "checkpoints",
     "adapter",
     "model",
+    "memory.json",
     "record.json",
     "proof.json",
     "report.html",
@@ -106,7 +109,6 @@ def train(
         say(joined)
     set_seed(recipe.seed)
     start.spent("imports")
-    idle = held(accelerator.device)
     with accelerator.main_process_first():  # what the first puts into the cache, the others find there
         setup = prepare(recipe, init_adapter, say, accelerator.device, start)
     base = fingerprint(setup.model)
@@ -119,7 +121,7 @@ def train(
     before_training = proof.snapshot(setup.learners)
     with nullcontext() if recipe.train.fsdp else fused(setup.model, say):
         start.spent("kernels tried")
-        loop = _fit(setup, folder, accelerator, found, idle, say, start)
+        loop = _fit(setup, folder, accelerator, found, say, start)
 
     # Rounding changes what was evaluated last, training is over otherwise.
     known = None if setup.autocast else loop.held_out_loss
@@ -153,18 +155,17 @@ def _fit(
     folder: Path,
     accelerator: Accelerator,
     found: checkpoint.Checkpoint | None,
-    idle: int,
     say: Say,
     start: Start,
 ) -> Loop:
-    """Forecast, and train to the end. idle: the bytes that were held before the model was loaded."""
+    """Forecast, train to the end, and keep how good the forecast was."""
     with telling_out_of_memory(lambda: "before the first step", lambda: "Try a smaller data.max_length or model"):
         forecast = plan(setup, say)
     start.spent("forecast")
+    _check_space(setup, folder)
     loop = _loop(setup, folder, accelerator, start)
     if found and found.state.get("data") != loop.state["data"]:
         raise UsageError(f"cannot resume: the training data changed since {found.folder} was written")
-    _check_space(setup, folder)
     if accelerator.is_main_process:
         _write_beginnings(setup, folder)
     if found:
@@ -178,7 +179,10 @@ def _fit(
         PeakMemory(accelerator.device) as memory,
     ):
         loop.fit()
-    say(f"memory: forecast {size_text(forecast.peak)}, measured {size_text(memory.peak - idle)} at the peak")
+    say(f"memory: forecast {size_text(forecast.peak)}, measured {size_text(memory.peak)} at the peak")
+    if accelerator.is_main_process:
+        kept = {"forecast": forecast.bytes() | {"peak": forecast.peak}, "measured": {"peak": memory.peak}}
+        (folder / "memory.json").write_text(json.dumps(kept, indent=2), encoding="utf-8")
     return loop
 
 
@@ -241,7 +245,7 @@ def _write_beginnings(setup: Setup, folder: Path) -> None:
 
 
 def _check_space(setup: Setup, folder: Path) -> None:
-    """The checkpoints that are kept, one more while it is written, and the result, must fit on the disk."""
+    """The checkpoints that are kept, one more while it is written, the result and paged states must fit on the disk."""
     train = setup.recipe.train
     total = updates_of(train, len(setup.data.train))
     written = total // train.save_steps if train.save_steps else 0
@@ -250,7 +254,9 @@ def _check_space(setup: Setup, folder: Path) -> None:
         p.numel() * p.element_size()
         for p in (setup.model if setup.trains_base else nn.ParameterList(setup.learners.values())).parameters()
     )
-    check_disk(folder, kept * checkpoint.size(setup.model) + result)
+    on_disk = is_paged(train.optim) and setup.model.device.type == "cpu"
+    paged = processes.world() * state_bytes(setup.model, train.optim) if on_disk else 0
+    check_disk(folder, kept * checkpoint.size(setup.model, train.optim) + result + paged)
 
 
 def _loop(setup: Setup, folder: Path, accelerator: Accelerator, start: Start) -> Loop:

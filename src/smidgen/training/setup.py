@@ -15,13 +15,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from smidgen import kernels
 from smidgen.adapters.attach import adapters_of
 from smidgen.adapters.base import in_adapter
 from smidgen.data.prepare import Prepared, prepare_data
 from smidgen.data.templates import choose_template
 from smidgen.errors import DataError, UsageError
-from smidgen.models.load import best_device, choose_dtype, load_model, stop_token_ids
+from smidgen.models.load import best_device, choose_dtype, load_as, load_model, stop_token_ids
 from smidgen.models.peft_model import PeftModel, get_peft_model
+from smidgen.models.quantize import parameter_count
 from smidgen.models.resolve import cache_folder, resolve_model
 from smidgen.models.scores import keeps_rows_apart
 from smidgen.models.tokens import (
@@ -36,8 +38,17 @@ from smidgen.models.vocabulary import settle
 from smidgen.recipe import Recipe, adapter_config
 from smidgen.registry import METHODS
 from smidgen.training.objectives import OBJECTIVES, Collating, Objective
-from smidgen.training.optimizers import updates_of
-from smidgen.training.plan import PREFERRED_TOKENS, Forecast, choose_budget, forecast, probe, remedy
+from smidgen.training.optimizers import check_optimizer, updates_of
+from smidgen.training.plan import (
+    PREFERRED_TOKENS,
+    PROBE_TOKENS,
+    Forecast,
+    at_once,
+    choose_budget,
+    forecast,
+    probe,
+    remedy,
+)
 from smidgen.training.processes import check_shardable, place
 from smidgen.training.start import Start
 
@@ -98,13 +109,14 @@ def prepare(
     Raises:
         UsageError: whatever is wrong with the model or the data.
     """
+    check_optimizer(recipe.train.optim, device or best_device())
     base = resolve_model(recipe.model, say=say)
     device, dtype, loading = device or best_device(), recipe.train.dtype, device
     if recipe.train.fsdp:
         # A model that is to be sharded may be too large for one device: loaded beside it, it moves there in parts.
         check_shardable(base)
         dtype, loading = str(choose_dtype(dtype, device)[0]).removeprefix("torch."), torch.device("cpu")
-    model, tokenizer = load_model(base, dtype, device=loading, say=say)
+    model, tokenizer = load_model(base, **load_as(recipe, dtype, device), device=loading, say=say)
     added = extend_vocabulary(model, tokenizer, recipe.data, init_adapter, say)
     if recipe.data.template:
         tokenizer.chat_template = choose_template(tokenizer, recipe.data.template, "").text
@@ -122,13 +134,7 @@ def prepare(
     )
     for line in data.report.lines():
         say(line)
-    packing = bool(recipe.data.packing)
-    if packing and not keeps_rows_apart(model):
-        raise DataError("data.packing: this model mixes rows that share a sequence; write 'packing: false'")
-    reason = (
-        "as asked" if recipe.data.packing is not None else "padding between rows of like length is little, see docs"
-    )
-    say(f"packing: {'on' if packing else 'off'} ({reason})")
+    packing = _packing(recipe.data.packing, model, say)
     preferred = recipe.train.micro_batch_tokens or PREFERRED_TOKENS[model.device.type]
     how = Collating(max(preferred, int(data.train.lengths.max())), packing, cast(int, tokenizer.pad_token_id))
     setup = Setup(recipe, base, model, tokenizer, data, OBJECTIVES[recipe.objective](), how, init_adapter)
@@ -137,19 +143,32 @@ def prepare(
     return setup
 
 
+def _packing(asked: bool | None, model: Any, say: Say) -> bool:
+    """Whether rows share sequences: by themselves where attention pays for no more than each row by itself.
+
+    Raises:
+        DataError: it is asked for, and the model mixes such rows.
+    """
+    if asked is not None:
+        packing, reason = asked, "as asked"
+    elif model.device.type == "cpu" and kernels.instruction_set() != "reference":
+        packing, reason = True, "attention computes each row by itself"
+    else:
+        packing, reason = False, "attention would pay for the whole sequence, and rows of like length need no padding"
+    if packing and not keeps_rows_apart(model):
+        if asked:
+            raise DataError("data.packing: this model mixes rows that share a sequence; write 'packing: false'")
+        packing, reason = False, "this model mixes rows that share a sequence"
+    say(f"packing: {'on' if packing else 'off'} ({reason})")
+    return packing
+
+
 def make_trainable(setup: Setup, say: Say) -> None:
     """Attach the recipe's adapter, or the one of a folder, or free the base parameters that the method names."""
     model, recipe = setup.model, setup.recipe
     model.requires_grad_(False)
     if setup.trains_base:
-        chosen = set(setup.method.select(model, adapter_config(recipe.adapter)))
-        for name, parameter in model.named_parameters():
-            if name in chosen:
-                if parameter.dtype != torch.float32:
-                    # Small steps vanish in 16 bits: what is trained is kept in float32, the arithmetic stays as it was.
-                    setup.autocast = parameter.dtype
-                    parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
+        setup.autocast = free_base(model, setup.method, adapter_config(recipe.adapter))
         settle(model)
         tell_base_trained(model, setup.tokenizer, setup.added, setup.untrained, say)
     else:
@@ -165,12 +184,33 @@ def make_trainable(setup: Setup, say: Say) -> None:
         counts = Counter(path.rpartition(".")[2] for path, _ in adapters_of(model, model.active_adapter))
         say(f"targets: {', '.join(f'{name} {count}' for name, count in counts.items())}")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = parameter_count(model)
     say(f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)")
     if recipe.train.gradient_checkpointing:
-        # Not reentrant: it needs no gradient at the inputs, which a frozen base does not have.
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # it has a newer name, not yet in 5.0
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model)
+
+
+def free_base(model: nn.Module, method: Any, config: Any) -> torch.dtype | None:
+    """Let the base parameters that a method selects be trained, in float32.
+
+    Returns:
+        The dtype of the arithmetic, where that is another one: small steps vanish in 16 bits, so what is trained is
+        kept in 32, and the arithmetic stays as it was.
+    """
+    autocast, chosen = None, set(method.select(model, config))
+    for name, parameter in model.named_parameters():
+        if name in chosen:
+            if parameter.dtype != torch.float32:
+                autocast, parameter.data = parameter.dtype, parameter.data.float()
+            parameter.requires_grad_(True)
+    return autocast
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Let a model keep little of each layer and compute it again in the backward pass."""
+    # Not reentrant: it needs no gradient at the inputs, which a frozen base does not have.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # it has a newer name, not yet in 5.0
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def plan(setup: Setup, say: Say) -> Forecast:
@@ -183,15 +223,15 @@ def plan(setup: Setup, say: Say) -> Forecast:
         raise UsageError("0 trainable parameters: nothing would be learned")
     train, rows = setup.recipe.train, setup.data.train
     updates = updates_of(train, len(rows))
-    taken = probe(setup.model, setup.objective, rows, setup.how, setup.autocast)
+    # Copies of trained weights and their gradients do not grow with the tokens: then the pass is as large as the run's.
+    tokens = at_once(rows, setup.how, train.batch_size) if setup.trains_base else PROBE_TOKENS
+    taken = probe(setup.model, setup.objective, rows, setup.how, setup.autocast, tokens)
     if train.micro_batch_tokens is None:
-        setup.how = choose_budget(setup.model, taken, rows, setup.how, train.batch_size, updates)
-    found = forecast(setup.model, taken, rows, setup.how, train.batch_size, updates)
+        setup.how = choose_budget(setup.model, taken, rows, setup.how, train, updates)
+    found = forecast(setup.model, taken, rows, setup.how, train, updates)
     say(f"updates: {updates:,} of {train.batch_size} rows")
     needed = found.free if not found.fits else found.missing - 1
-    advice = remedy(
-        setup.model, taken, rows, setup.how, train.batch_size, updates, needed, train.gradient_checkpointing
-    )
+    advice = remedy(setup.model, taken, rows, setup.how, train, updates, needed)
     found = replace(found, remedy=advice)
     for line in found.lines():
         say(line)

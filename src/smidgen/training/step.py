@@ -71,7 +71,7 @@ def make_step(variant: str, model: Any, task: Task, stack: ExitStack, say: Calla
     if task.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     targets = sorted({name.rpartition(".")[2] for name in linear})
     settings: Any = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": task.dropout, "target_modules": targets}
     generator = torch.Generator().manual_seed(1)
