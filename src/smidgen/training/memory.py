@@ -55,24 +55,29 @@ def _gnu() -> ctypes.CDLL | None:
 
 
 class PeakMemory:
-    """Inside the block, `peak` becomes the most bytes held on a device, looked at a hundred times a second."""
+    """Inside the block, `peak` becomes the most bytes held on a device.
+
+    CUDA counts by itself; elsewhere a thread looks a hundred times a second.
+    """
 
     def __init__(self, device: torch.device):
         self._device, self._done = device, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = None if device.type == "cuda" else threading.Thread(target=self._watch, daemon=True)
         self.peak = held(device)
 
     def __enter__(self) -> Self:
-        if self._device.type == "cuda":
+        if self._thread is None:
             torch.cuda.reset_peak_memory_stats(self._device)
-        self._thread.start()
+        else:
+            self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._done.set()
-        self._thread.join()
-        if self._device.type == "cuda":
+        if self._thread is None:
             self.peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self._thread.join()
 
     def _watch(self) -> None:
         while not self._done.wait(_PAUSE):
@@ -89,7 +94,9 @@ def telling_out_of_memory(where: Callable[[], str], advice: Callable[[], str]) -
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        told = str(error).lower()
         words = ("can't allocate memory", "not enough memory", "out of memory")
-        if isinstance(error, RuntimeError) and not any(word in str(error).lower() for word in words):
+        onednn = "could not create a primitive" in told and "descriptor" not in told  # a descriptor: it cannot at all
+        if isinstance(error, RuntimeError) and not onednn and not any(word in told for word in words):
             raise
         raise TrainingStopped(f"out of memory {where()}.\n{advice()}") from error
