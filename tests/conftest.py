@@ -83,6 +83,17 @@ def tiny_gpt2() -> nn.Module:
     return GPT2LMHeadModel(config).eval()
 
 
+def tiny_bert() -> nn.Module:
+    """A random BERT of 2 layers that labels each token: its norms follow the sums."""
+    from transformers import BertConfig, BertForTokenClassification
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "num_labels": 5}
+    config = BertConfig(**sizes, hidden_dropout_prob=0, attention_probs_dropout_prob=0, initializer_range=0.2)
+    return BertForTokenClassification(config).eval()
+
+
 def toy() -> nn.Module:
     """A `Toy`, the same one each time."""
     torch.manual_seed(0)

@@ -6,7 +6,8 @@ Listing needs no torch; a class is imported when it is asked for.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from smidgen.errors import UsageError, did_you_mean
@@ -14,12 +15,13 @@ from smidgen.errors import UsageError, did_you_mean
 
 @dataclass(frozen=True)
 class Entry:
-    """One name of a registry. `target` is ``module:Class``."""
+    """One name of a registry. `target` is ``module:Class``; `example`: values of fields that have no default."""
 
     name: str
     target: str
     summary: str
     paper: str = ""
+    example: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> Any:
         """Import and answer the class."""
@@ -120,9 +122,53 @@ METHODS = _table(
         "trainable_tokens",
         "smidgen.adapters.methods.trainable_tokens:TrainableTokens",
         "some rows of the embedding are trained",
+        example={"token_indices": [0]},
     ),
     Entry("full", "smidgen.adapters.methods.full:Full", "every parameter of the base model is trained"),
     Entry("freeze", "smidgen.adapters.methods.full:Freeze", "the last n layers are trained, the rest stays frozen"),
+    Entry(
+        "prompt_tuning",
+        "smidgen.adapters.methods.prompt_tuning:PromptTuning",
+        "the vectors of virtual tokens before every row",
+        "https://arxiv.org/abs/2104.08691",
+    ),
+    Entry(
+        "p_tuning",
+        "smidgen.adapters.methods.p_tuning:PTuning",
+        "a small network that computes the vectors of virtual tokens",
+        "https://arxiv.org/abs/2103.10385",
+    ),
+    Entry(
+        "prefix_tuning",
+        "smidgen.adapters.methods.prefix_tuning:PrefixTuning",
+        "keys and values of virtual tokens in every layer",
+        "https://arxiv.org/abs/2101.00190",
+    ),
+    Entry(
+        "p_tuning_v2",
+        "smidgen.adapters.methods.prefix_tuning:PrefixTuning",
+        "prefix tuning without projection",
+        "https://arxiv.org/abs/2110.07602",
+    ),
+    Entry(
+        "adalora",
+        "smidgen.adapters.methods.adalora:AdaLora",
+        "low-rank updates that share a budget of ranks, spent where it matters most",
+        "https://arxiv.org/abs/2303.10512",
+    ),
+    Entry(
+        "bottleneck",
+        "smidgen.adapters.methods.bottleneck:Bottleneck",
+        "small networks in each block: houlsby, pfeiffer, parallel",
+        "https://arxiv.org/abs/1902.00751",
+    ),
+    Entry(
+        "fusion",
+        "smidgen.adapters.methods.fusion:Fusion",
+        "attention over the outputs of several trained adapters, which stay as they are",
+        "https://arxiv.org/abs/2005.00247",
+        example={"adapters": ["first", "second"]},
+    ),
 )
 
 LORA_INITS = _table(
@@ -132,6 +178,34 @@ LORA_INITS = _table(
     Entry("orthogonal", "smidgen.adapters.init.orthogonal:initialise", "A and B non-zero with B A = 0"),
     Entry("pissa", "smidgen.adapters.init.pissa:initialise", "principal part", "https://arxiv.org/abs/2404.02948"),
     Entry("olora", "smidgen.adapters.init.olora:initialise", "QR of the weight", "https://arxiv.org/abs/2406.01775"),
+    Entry("eva", "smidgen.adapters.init.eva:initialise", "main inputs", "https://arxiv.org/abs/2410.07170"),
+    Entry("corda", "smidgen.adapters.init.corda:initialise", "main outputs", "https://arxiv.org/abs/2406.05223"),
+    Entry("lora_ga", "smidgen.adapters.init.lora_ga:initialise", "first gradient", "https://arxiv.org/abs/2407.05000"),
+    Entry("loftq", "smidgen.adapters.init.loftq:initialise", "loss of storing", "https://arxiv.org/abs/2310.08659"),
+)
+
+
+OBJECTIVES = _table(
+    Entry("sft", "smidgen.training.objectives:Objective", "the answers of chats"),
+    Entry("pretrain", "smidgen.training.objectives:Objective", "plain text"),
+    Entry(
+        "dpo",
+        "smidgen.training.preference:Preference",
+        "pairs of answers: DPO and its kin",
+        "https://arxiv.org/abs/2305.18290",
+    ),
+    Entry("kto", "smidgen.training.preference:Kto", "answers labelled good or bad", "https://arxiv.org/abs/2402.01306"),
+    Entry("reward", "smidgen.training.reward:Reward", "a score for answers, from pairs"),
+    Entry(
+        "process_reward",
+        "smidgen.training.reward:ProcessReward",
+        "a score for each step of a solution",
+        "https://arxiv.org/abs/2305.20050",
+    ),
+)
+
+PREFERENCE_LOSS = Entry(
+    "preference", "smidgen.losses.preference:problems_of", "what is wrong with the preference part of a recipe"
 )
 
 

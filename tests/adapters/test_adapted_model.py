@@ -51,6 +51,7 @@ METHODS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS.split())
 def test_signatures_are_pefts(name: str) -> None:
     """transformers' models have methods of some of these names with other signatures: here peft's are met."""

@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 FLOORS = {
     **dict.fromkeys("errors foreign safetensors_header proofs drafts registry checking threads".split(), 0),
-    **dict.fromkeys(("llamafactory_keys", "llamafactory", "recipe"), 0),
+    **dict.fromkeys(("llamafactory_keys", "llamafactory", "recipe_parts", "contradictions", "recipe", "flow"), 0),
     **dict.fromkeys(("losses", "quant", "kernels"), 1),
     **dict.fromkeys(("adapters", "data"), 2),
     **dict.fromkeys(("models",), 3),

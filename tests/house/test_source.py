@@ -64,7 +64,8 @@ def test_unsafe_code_is_found(code):
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_files_stay_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+    most = 150 if path.parent.name == "methods" else 600
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= most
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

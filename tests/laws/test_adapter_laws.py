@@ -17,47 +17,37 @@ from torch import Tensor
 
 import smidgen
 from smidgen.adapters.attach import Below, adapted_modules, adapters_of, fold
-from smidgen.adapters.base import Adapter, WeightAdapter
-from smidgen.errors import UsageError
+from smidgen.adapters.base import Adapter, WeightAdapter, in_adapter
+from smidgen.errors import MergeError, UsageError
 from smidgen.registry import METHODS
-from tests.conftest import logits, perturb, tiny_gpt2, tokens, toy
+from tests.conftest import logits, perturb, tiny_bert, tiny_gpt2, tokens, toy
 from tests.laws.cases import (
-    BASES,
+    ALL,
     CASES,
+    MORE_KEYS_THAN_PEFT,
+    NOT_EQUAL_TO_PEFT,
     NOT_IDENTITY_AT_START,
-    QUICK,
+    NOT_MERGEABLE,
+    NOT_ROW_BY_ROW,
+    REFUSED_ON_PLAIN_BASES,
     REFUSED_ON_STORED_BASES,
+    STORED,
+    configuration,
+    excepted,
     grouped,
+    marked,
     on_base,
+    quick,
 )
-
-ALL = [(method, case, "plain") for method, cases in CASES.items() for case in cases]
-STORED = [
-    (method, case, base)
-    for base in BASES[1:]
-    for method, cases in CASES.items()
-    for case, (build, _) in cases.items()
-    if build not in (toy, grouped) and (method, case) not in REFUSED_ON_STORED_BASES
-]
-
-
-def quick(key: tuple[str, str, str]) -> bool:
-    method, case, base = key
-    return case in QUICK[base][method]
-
-
-def marked(key: tuple[str, str, str]) -> Any:
-    return pytest.param(key, id="-".join(key), marks=[pytest.mark.slow] * (not quick(key)))
 
 
 @pytest.fixture(params=map(marked, [*ALL, *STORED]))
 def law(request: pytest.FixtureRequest) -> SimpleNamespace:
     """A case: its name, `plain()` for the model, `build()` for it on its base, `config()` for a new configuration."""
     method, case, base = request.param
-    plain, options = CASES[method][case]
-    make = METHODS[method].load().config_class
-    config = lambda: make(**copy.deepcopy(options))  # noqa: E731
-    return SimpleNamespace(key=request.param[:2], plain=plain, build=on_base(plain, base), config=config)
+    plain, _ = CASES[method][case]
+    config = lambda: configuration(method, case, base)  # noqa: E731
+    return SimpleNamespace(key=request.param[:2], plain=plain, build=on_base(plain, base), config=config, of=base)
 
 
 def adapted(law: SimpleNamespace, move: bool = True, name: str = "default") -> Any:
@@ -78,14 +68,24 @@ def test_every_adapter_of_the_registry_has_cases() -> None:
 
 
 def test_exceptions_name_a_case_and_a_reason() -> None:
-    for key, reason in NOT_IDENTITY_AT_START.items():
-        assert (*key, "plain") in ALL and len(reason) > 20
-    print(f"exceptions: {len(NOT_IDENTITY_AT_START)} of {len(ALL)} cases do not start as the base model")
+    lists = {
+        "do not start as the base model": NOT_IDENTITY_AT_START,
+        "cannot be merged": NOT_MERGEABLE,
+        "write more than peft": MORE_KEYS_THAN_PEFT,
+        "are not compared with peft": NOT_EQUAL_TO_PEFT,
+        "refuse rows of a batch that have their own": NOT_ROW_BY_ROW,
+    }
+    for told, exceptions in lists.items():
+        for (method, case), reason in exceptions.items():
+            assert case in CASES[method] or case == "*"
+            assert len(reason) > 20
+        count = sum(bool(excepted((method, case), exceptions)) for method, case, _ in ALL)
+        print(f"exceptions: {count} of {len(ALL)} cases {told}")
 
 
 def test_identity_at_start(law: SimpleNamespace) -> None:
     gap = (logits(adapted(law, move=False), tokens()) - logits(law.build(), tokens())).abs().max()
-    if law.key in NOT_IDENTITY_AT_START:
+    if excepted(law.key, NOT_IDENTITY_AT_START):
         assert gap > 1e-3
     else:
         assert gap < 1e-5
@@ -99,17 +99,22 @@ def test_forward_equals_apply_of_merge(law: SimpleNamespace) -> None:
     checked = 0
     for path, adapter in adapters_of(model, "default"):
         module: Any = model.get_submodule(path)
-        if getattr(module, "groups", 1) == 1 or "lora" not in law.key:
+        if adapter.is_mergeable() and (getattr(module, "groups", 1) == 1 or "lora" not in law.key):
             args, out = calls[path]
             below = Below(module, [])
             same(below.call_with(adapter.merged(fold(module, [])), *args), out)
             checked += 1
-    assert checked
+    assert checked or excepted(law.key, NOT_MERGEABLE)
 
 
 def test_merged_equals_unmerged_and_unmerge_is_exact(law: SimpleNamespace) -> None:
     model = adapted(law)
     before, expected = {k: v.clone() for k, v in model.state_dict().items()}, logits(model, tokens())
+    if excepted(law.key, NOT_MERGEABLE):
+        with pytest.raises(MergeError, match="it cannot be merged"):
+            model.merge_adapter()
+        assert torch.equal(logits(model, tokens()), expected)
+        return
     model.merge_adapter()
     same(logits(model, tokens()), expected, atol=2e-5)
     with model.disable_adapter():
@@ -123,6 +128,8 @@ def test_merged_equals_unmerged_and_unmerge_is_exact(law: SimpleNamespace) -> No
 
 
 def test_merge_and_unload_answers_a_plain_model(law: SimpleNamespace) -> None:
+    if excepted(law.key, NOT_MERGEABLE):
+        pytest.skip("not mergeable; that it says so is tested above")
     model, plain = adapted(law), law.plain()
     expected = logits(model, tokens())
     merged = model.merge_and_unload()
@@ -133,12 +140,14 @@ def test_merge_and_unload_answers_a_plain_model(law: SimpleNamespace) -> None:
 
 def test_stack_of_unlike_adapters_equals_its_fold(law: SimpleNamespace) -> None:
     model = adapted(law, name="first")
-    layer = {toy: "linear", grouped: "linear", tiny_gpt2: "mlp.c_proj"}.get(law.plain, "o_proj")
+    layer = {toy: "linear", grouped: "linear", tiny_gpt2: "mlp.c_proj", tiny_bert: "query"}.get(law.plain, "o_proj")
+    if excepted(law.key, NOT_MERGEABLE):  # what reads the weight cannot stand above what is no function of it
+        layer = {tiny_gpt2: "c_attn", tiny_bert: "query"}.get(law.plain, "q_proj")
     model.add_adapter("second", smidgen.LoraConfig(r=3, target_modules=[layer], use_dora=True))
     model.set_adapter(["first", "second"])
     perturb(model, seed=9)
     expected = logits(model, tokens())
-    model.merge_adapter()
+    model.merge_adapter(["second"] if excepted(law.key, NOT_MERGEABLE) else None)
     same(logits(model, tokens()), expected, atol=5e-5)
     model.unmerge_adapter()
     assert torch.equal(logits(model, tokens()), expected)
@@ -162,7 +171,7 @@ def test_every_adapter_parameter_gets_a_finite_gradient_and_no_base_parameter_do
     found = gradients(model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert found.keys() == trained
-    assert all(".adapters." in name for name in trained)
+    assert all(map(in_adapter, trained))
     for name, gradient in found.items():
         assert torch.isfinite(gradient).all() and gradient.abs().max() > 0, name
 
@@ -205,21 +214,61 @@ def test_deepcopy_is_independent_and_pickle_is_refused(law: SimpleNamespace) -> 
         pickle.dumps(model)
 
 
-def test_each_row_with_its_own_adapter_equals_one_at_a_time(law: SimpleNamespace) -> None:
-    model = adapted(law, name="first")
-    model.add_adapter("second", law.config())
+NAMES = ["second", "__base__", "first", "second"]
+GENERATED = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def near(actual: Tensor, expected: Tensor, base: str) -> None:
+    gap = (actual - expected).abs().max() / expected.abs().max()
+    assert gap < (1e-6 if base == "plain" else 2e-6), gap
+
+
+def test_each_row_answers_as_its_adapter_alone(law: SimpleNamespace) -> None:
+    """Rows of several lengths, padded on the left, prompts of several lengths; switching adapters is exact."""
+    model, whole = adapted(law, name="first"), tokens(rows=4, length=12)
+    first = logits(model, whole)
+    config = law.config()
+    if hasattr(config, "num_virtual_tokens"):
+        config.num_virtual_tokens = 2
+    model.add_adapter("second", config)
+    assert torch.equal(logits(model, whole), first)
     model.set_adapter("second")
     perturb(model, seed=21)
-    expected = []
-    for row, name in enumerate(["second", "__base__", "first"]):
-        if name == "__base__":
-            with model.disable_adapter():
-                expected.append(logits(model, tokens()[row : row + 1]))
-        else:
-            model.set_adapter(name)
-            expected.append(logits(model, tokens()[row : row + 1]))
-    answer = model(tokens(), adapter_names=["second", "__base__", "first"])
-    same(answer if isinstance(answer, Tensor) else answer.logits, torch.cat(expected))
+    if excepted(law.key, NOT_ROW_BY_ROW):
+        with pytest.raises(UsageError, match="works on a whole batch, not row by row"):
+            model(whole, adapter_names=NAMES)
+        return
+    if not hasattr(model, "can_generate") or not model.can_generate():
+        with torch.no_grad():
+            answer = model(whole, adapter_names=NAMES)
+        answer = answer if isinstance(answer, Tensor) else answer.logits
+        for row, name in enumerate(NAMES):
+            near(answer[row], alone(model, name, lambda row=row: logits(model, whole[row : row + 1])[0]), law.of)
+        return
+    lengths = [12, 5, 9, 7]
+    mask = torch.arange(12) >= 12 - torch.tensor(lengths)[:, None]
+    ids = torch.where(mask, whole, 0)
+    padded: dict[str, Any] = {"attention_mask": mask.long(), "adapter_names": NAMES}
+    with torch.no_grad():
+        answer = model(ids, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **padded).logits
+        said = model.generate(ids, **padded, **GENERATED)
+    for row, (name, length) in enumerate(zip(NAMES, lengths, strict=True)):
+        own = ids[row : row + 1, -length:]
+        near(answer[row, -length:], alone(model, name, lambda own=own: logits(model, own)[0]), law.of)
+        expected = alone(model, name, lambda own=own: model.generate(own, **GENERATED)[0])
+        assert torch.equal(said[row, -expected.shape[0] :], expected), name
+    model.set_adapter("first")
+    assert torch.equal(logits(model, whole), first)
+
+
+def alone(model: Any, name: str, call: Any) -> Tensor:
+    """What `call` answers while the adapter `name` answers alone."""
+    if name == "__base__":
+        with model.disable_adapter(), torch.no_grad():
+            return call()
+    model.set_adapter(name)
+    with torch.no_grad():
+        return call()
 
 
 def test_detach_leaves_nothing(law: SimpleNamespace) -> None:
@@ -234,23 +283,28 @@ def test_detach_leaves_nothing(law: SimpleNamespace) -> None:
 def test_base_stays_16_bit_and_adapter_fp32(law: SimpleNamespace) -> None:
     model = smidgen.get_peft_model(law.build().bfloat16(), law.config())
     for name, parameter in model.named_parameters():
-        assert parameter.dtype == (torch.float32 if ".adapters." in name else torch.bfloat16), name
+        assert parameter.dtype == (torch.float32 if in_adapter(name) else torch.bfloat16), name
     perturb(model)
     found = gradients(model)
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
     expected = logits(model.eval(), tokens()).float()
+    if excepted(law.key, NOT_MERGEABLE):
+        return
     model.merge_adapter()
     gap = (logits(model, tokens()).float() - expected).abs().max() / expected.abs().max()
     assert gap < 0.05
 
 
-@pytest.mark.parametrize("key", REFUSED_ON_STORED_BASES, ids="-".join)
-def test_what_trains_stored_weights_is_refused(key: tuple[str, str]) -> None:
-    build, options = CASES[key[0]][key[1]]
-    model = on_base(build, "nf4")()
+@pytest.mark.parametrize(
+    ("key", "base", "said"),
+    [(key, "nf4", said) for key, said in REFUSED_ON_STORED_BASES.items()]
+    + [(key, "plain", said) for key, said in REFUSED_ON_PLAIN_BASES.items()],
+)
+def test_what_a_base_cannot_give_is_refused(key: tuple[str, str], base: str, said: str) -> None:
+    model = on_base(CASES[key[0]][key[1]][0], base)()
     expected = logits(model, tokens())
-    with pytest.raises(UsageError, match=REFUSED_ON_STORED_BASES[key]):
-        smidgen.get_peft_model(model, METHODS[key[0]].load().config_class(**options))
+    with pytest.raises(UsageError, match=said):
+        smidgen.get_peft_model(model, configuration(*key, base))
     assert torch.equal(logits(model, tokens()), expected)
 
 
@@ -301,14 +355,12 @@ def test_saved_and_loaded_in_a_fresh_process_answers_the_same(tmp_path: Path) ->
 
     work = []
     for index, (method, case, base) in enumerate([*ALL, *filter(quick, STORED)]):
-        build, options = CASES[method][case]
-        model = smidgen.get_peft_model(
-            on_base(build, base)(), METHODS[method].load().config_class(**copy.deepcopy(options))
-        ).eval()
+        build = on_base(CASES[method][case][0], base)
+        model = smidgen.get_peft_model(build(), configuration(method, case, base)).eval()
         perturb(model)
         folder = tmp_path / str(index)
         model.save_pretrained(folder)
-        save_file({"logits": logits(model, tokens()).detach()}, folder / "expected.safetensors")
+        save_file({"logits": logits(model, tokens()).detach().contiguous()}, folder / "expected.safetensors")
         work.append((method, case, base, str(folder)))
     (tmp_path / "work.json").write_text(json.dumps(work))
     script = [sys.executable, "-c", FRESH, str(tmp_path / "work.json")]

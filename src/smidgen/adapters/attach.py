@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smidgen.adapters.base import Adapter, Place, base_modules, in_adapter
-from smidgen.adapters.layers import Layer, layer_of
+from smidgen.adapters.answering import Averaged, Below, answer_rows, fold, kept_weight, swap
+from smidgen.adapters.base import Adapter, Place, base_modules
+from smidgen.adapters.compose import Chain, links_of
 from smidgen.adapters.trained import Mirror
 from smidgen.errors import MergeError, TargetError, UsageError, raise_all
-from smidgen.kernels.dequantize import Packed
 from smidgen.kernels.lora import Linear
 from smidgen.quant.linear import QuantizedLinear
 
-_PRODUCTS = (nn.Linear.forward, QuantizedLinear.forward)  # nothing but x W^T + bias
 BASE = "__base__"  # the name that asks for no adapter at all, for a row of a batch
 
 
@@ -35,7 +35,16 @@ class State:
     configs: dict[str, Any] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     enabled: bool = True
-    rows: list[str] | None = None  # an adapter's name for each row of the batch of this call
+    branches: list[Chain] = field(default_factory=list)  # how they answer, for each copy of the rows; none: stacked
+    rows: list[Chain] | None = None  # what answers each row of the batch of this call
+    shared: dict[str, Any] = field(default_factory=dict)  # what all places of each adapter hold together
+
+    @property
+    def chain(self) -> Chain:
+        """What answers at a module, lowest first."""
+        if len(self.branches) > 1:
+            raise UsageError("Parallel: is answered by a call of the model itself, not of a module in it")
+        return self.branches[0] if self.branches else tuple(self.active)
 
 
 # --- classes made once ------------------------------------------------------------------------------------------
@@ -44,8 +53,23 @@ class State:
 @functools.cache
 def class_with(mixin: type, original: type) -> type:
     """The subclass ``(mixin, original)`` that carries the original's name; made once for each pair."""
-    namespace = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return type(original.__name__, (mixin, original), namespace)
+    namespace: dict[str, Any] = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    if mixin is Adapted:
+        namespace["_answer"] = _with_signature_of(original.forward)
+    made = type(original.__name__, (mixin, original), namespace)
+    if "forward" in vars(made):  # some classes of transformers give each subclass a forward, which would hide ours
+        del made.forward
+    return made
+
+
+def _with_signature_of(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`Adapted._answer`, showing the arguments of the forward that it stands for: some callers ask for them."""
+
+    def answer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return Adapted._answer(self, *args, **kwargs)
+
+    answer.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return answer
 
 
 def class_without(cls: type, mixin: type) -> type:
@@ -57,78 +81,6 @@ def class_without(cls: type, mixin: type) -> type:
     bases = tuple(class_without(base, mixin) for base in cls.__bases__)
     body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     return type(cls.__name__, bases, body)
-
-
-# --- one call ---------------------------------------------------------------------------------------------------
-
-
-class Below:
-    """What lies below one adapter during a call (see `smidgen.adapters.base.Inner`)."""
-
-    def __init__(self, module: Any, names: list[str]):
-        self.module = module
-        self.names = names
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.names:
-            return self.module._base_forward(*args, **kwargs)
-        *below, name = self.names
-        return self.module.adapters[name](Below(self.module, below), *args, **kwargs)
-
-    @property
-    def layer(self) -> Layer:
-        layer = layer_of(self.module)
-        assert layer is not None
-        return layer
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return fold(self.module, self.names)
-
-    @property
-    def weight(self) -> Tensor:
-        return self._tensors()["weight"]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self._tensors().get("bias")
-
-    @property
-    def plain_weight(self) -> Tensor | Packed | None:
-        module = self.module
-        plain = not self.names and "_inner_forward" not in module.__dict__
-        return kept_weight(module) if plain and module._original_class().forward in _PRODUCTS else None
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = self.layer.dtype
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        return self.layer.linear(x, self.layer.matrix(weight), bias)
-
-    def call_with(self, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        below = self._tensors()
-        tensors = {name: tensor.to(below[name].dtype) for name, tensor in tensors.items()}
-        if layer_of(self.module) is not None:
-            below |= tensors
-            return self.apply(args[0], below["weight"], below.get("bias"))
-        there = _swap(self.module, below | tensors)
-        try:
-            return self.module._base_forward(*args, **kwargs)
-        finally:
-            _swap(self.module, there)
-
-
-def fold(module: Any, names: list[str]) -> dict[str, Tensor]:
-    """The module's tensors by name with the adapters `names` merged into them, lowest first."""
-    tensors = _own_tensors(module)
-    for name in names:
-        tensors = module.adapters[name].merged(tensors)
-    return tensors
-
-
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    if isinstance(module, QuantizedLinear):
-        return {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
-    own = [*module.named_parameters(), *module.named_buffers()]
-    return {name: tensor for name, tensor in own if not in_adapter(name)}
 
 
 # --- the class in front -----------------------------------------------------------------------------------------
@@ -150,6 +102,16 @@ class MadeInPlace:
         )
 
 
+class _Forward(property):
+    """A property; asked of the class it is the forward that it stands before, whose arguments others look at."""
+
+    def __get__(self, instance: Any, owner: type | None = None, /) -> Any:
+        if instance is not None or owner is None or owner is Adapted:
+            return super().__get__(instance, owner)
+        below = owner.__mro__[owner.__mro__.index(Adapted) + 1 :]
+        return next(vars(base)["forward"] for base in below if "forward" in vars(base))
+
+
 class Adapted(MadeInPlace):
     """Put in front of a module's class: its calls go through the adapters that are active.
 
@@ -166,7 +128,7 @@ class Adapted(MadeInPlace):
 
     # Set on the instance: `_inner_forward`, what an instance's forward was before; `_outer_forward`, set later.
 
-    @property
+    @_Forward
     def forward(self) -> Callable[..., Any]:
         outer = self.__dict__.get("_outer_forward")
         return self._answer if outer is None else outer
@@ -174,9 +136,10 @@ class Adapted(MadeInPlace):
     @forward.setter
     def forward(self, value: Callable[..., Any]) -> None:
         functions = list(_wrapped_functions(value))
-        if functions[0] is Adapted._answer:
+        answer = type(self)._answer
+        if functions[0] is answer:
             self.__dict__.pop("_outer_forward", None)
-        elif Adapted._answer in functions:
+        elif answer in functions:
             self.__dict__["_outer_forward"] = value
         elif self._original_class().forward in functions:
             self.__dict__["_inner_forward"] = value
@@ -204,29 +167,18 @@ class Adapted(MadeInPlace):
         if not state.enabled:
             return self._base_forward(*args, **kwargs)
         if state.rows is not None:
-            return self._answer_rows(state.rows, args, kwargs)
-        return Below(self, self._answering(state.active))(*args, **kwargs)
+            return answer_rows(self, state.rows, args, kwargs)
+        return Below(self, self._answering(state.chain))(*args, **kwargs)
 
-    def _answering(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.adapters and name not in self._merged]
+    def _answering(self, chain: Iterable[Any]) -> Chain:
+        """The links of a chain that stand here."""
+        return tuple(
+            link for link in chain if any(n in self.adapters and n not in self._merged for n in links_of((link,)))
+        )
 
-    def _answer_rows(self, rows: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Each row of the batch by its own adapter: the rows of one adapter are computed together."""
-        if not any(_has_rows(value, len(rows)) for value in [*args, *kwargs.values()]):
-            raise UsageError(
-                f"a {type(self).__name__} is not called with the {len(rows)} rows of the batch, so they cannot each "
-                "have their own adapter there: call the model once for each adapter"
-            )
-        groups = {name: [i for i, row in enumerate(rows) if row == name] for name in dict.fromkeys(rows)}
-        answers = {}
-        for name, indices in groups.items():
-            pick = functools.partial(_pick_rows, count=len(rows), indices=indices)
-            names = self._answering([name])
-            answers[name] = Below(self, names)(
-                *[pick(value) for value in args], **{key: pick(value) for key, value in kwargs.items()}
-            )
-        order = [index for indices in groups.values() for index in indices]
-        return _join_rows(list(answers.values()), order)
+    def _adapter(self, link: Any) -> Any:
+        """The adapter that a link of a chain names."""
+        return self.adapters[link] if isinstance(link, str) else Averaged(self, link)
 
 
 def _wrapped_functions(value: Any) -> Iterator[Any]:
@@ -249,24 +201,6 @@ def _prove_reached(module: Any, forward: Callable[..., Any], *args: Any, **kwarg
     return answer
 
 
-def _has_rows(value: Any, count: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
-
-
-def _pick_rows(value: Any, count: int, indices: list[int]) -> Any:
-    return value[indices] if _has_rows(value, count) else value
-
-
-def _join_rows(answers: list[Any], order: list[int]) -> Any:
-    if isinstance(answers[0], tuple):
-        return tuple(_join_rows(list(parts), order) for parts in zip(*answers, strict=True))
-    if not isinstance(answers[0], Tensor):
-        return answers[0]
-    back = torch.empty(len(order), dtype=torch.long, device=answers[0].device)
-    back[order] = torch.arange(len(order), device=answers[0].device)
-    return torch.cat(answers)[back]
-
-
 def is_low_rank(module: Any) -> bool:
     """Whether the module is a plain linear layer now, or one with adapters that each add a low-rank update."""
     if not isinstance(module, Adapted):
@@ -284,15 +218,10 @@ def linear_of(module: Any) -> Linear:
     return Linear(kept_weight(module), module.bias, updates)
 
 
-def kept_weight(module: Any) -> Tensor | Packed:
-    """The weight of a linear layer as it is kept in memory."""
-    return (isinstance(module, QuantizedLinear) and module.packed) or module.weight
-
-
 def _answering_adapters(module: Any) -> list[Any]:
     if not isinstance(module, Adapted) or not module._state.enabled:
         return []
-    return [module.adapters[name] for name in module._answering(module._state.active)]
+    return [module._adapter(link) for link in module._answering(module._state.chain)]
 
 
 # --- attaching and detaching ------------------------------------------------------------------------------------
@@ -354,6 +283,7 @@ def attach(model: Any, state: State, name: str, places: list[Place], method: typ
     for module, adapter in built:
         _adapt(module, state).adapters[name] = adapter.train(module.training)
     state.configs[name] = config
+    state.shared[name] = shared
 
 
 def _adapt(module: Any, state: State) -> Any:
@@ -375,7 +305,10 @@ def detach(model: Any, state: State, name: str) -> None:
         if not len(module.adapters):
             _restore(module)
     state.configs.pop(name, None)
+    state.shared.pop(name, None)
     state.active = [active for active in state.active if active != name]
+    if any(name in links_of(chain) for chain in state.branches):
+        state.branches = []
 
 
 def _restore(module: Any) -> None:
@@ -391,6 +324,21 @@ def _restore(module: Any) -> None:
         module.__dict__["forward"] = outer
     elif inner is not None and getattr(inner, "__func__", None) is not original:
         module.__dict__["forward"] = inner
+
+
+def schedules(model: Any) -> list[Any]:
+    """What the active adapters share that follows the training: ``begin(updates in all, optimizer)``, once, and
+    ``after_step(update, the optimizer's state of each parameter)`` after each, with its gradients still there; it adds
+    to that state what ``statistics()`` names for each parameter."""
+    state = getattr(model, "_adapters", None)
+    found = [state.shared[name] for name in state.active] if state else []
+    return [shared for shared in found if hasattr(shared, "after_step")]
+
+
+def penalties(model: nn.Module) -> list[Tensor]:
+    """The terms that adapters add to the loss of an update."""
+    adapters = (module for module in model.modules() if isinstance(module, Adapter))
+    return [penalty for adapter in adapters if (penalty := adapter.penalty()) is not None]
 
 
 # --- merging ----------------------------------------------------------------------------------------------------
@@ -425,7 +373,7 @@ def _merge_module(path: str, module: Any, names: list[str], merged_once: dict[in
     try:
         after = fold_in_float32(module, names)
     except MergeError as error:
-        raise MergeError(f"{path}: {error}") from error
+        raise MergeError(f"{path or type(module).__name__}: {error}") from error
     for name, tensor in after.items():
         if tensor is before.get(name):
             continue
@@ -450,6 +398,9 @@ def _merge_module(path: str, module: Any, names: list[str], merged_once: dict[in
 
 def fold_in_float32(module: Any, names: list[str]) -> dict[str, Tensor]:
     """As `fold`, with 16-bit tensors taken to fp32 first, so that the sum is rounded once."""
+    for name in names:
+        if not module.adapters[name].is_mergeable():
+            module.adapters[name].merged({})  # refuses
     original = fold(module, [])
     tensors = {
         name: tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
@@ -465,10 +416,15 @@ def fold_in_float32(module: Any, names: list[str]) -> dict[str, Tensor]:
 def weight_changes(model: Any) -> Iterator[tuple[str, float]]:
     """||dW|| / ||W|| of every weight that the model's adapters act on, with the path of its module."""
     for path, module in adapted_modules(model):
+        own = module.adapters.values()
+        if not all(adapter.is_mergeable() for adapter in own) or all(adapter.is_idle() for adapter in own):
+            continue
         before, after = (fold_in_float32(module, names) for names in ([], list(module.adapters)))
-        if "weight" in before:
-            change = (after["weight"].float() - before["weight"].float()).norm()
-            yield path, (change / before["weight"].float().norm().clamp_min(1e-12)).item()
+        names = ["weight"] if "weight" in before else [name for name in before if after[name] is not before[name]]
+        for name in names:
+            change = (after[name].float() - before[name].float()).norm()
+            place = path if name == "weight" else f"{path}.{name}"
+            yield place, (change / before[name].float().norm().clamp_min(1e-12)).item()
 
 
 def unmerge(model: Any) -> None:
@@ -478,7 +434,7 @@ def unmerge(model: Any) -> None:
 
 
 def _unmerge_module(module: Any) -> None:
-    _swap(module, module._replaced)
+    swap(module, module._replaced)
     module._replaced.clear()
     module._merged.clear()
 
@@ -495,22 +451,11 @@ def switched_off(model: Any, state: State) -> Iterator[None]:
     swapped: list[tuple[Any, dict[str, Any]]] = []
     for _, module in adapted_modules(model):
         if module._replaced:
-            swapped.append((module, _swap(module, module._replaced)))
+            swapped.append((module, swap(module, module._replaced)))
     state.enabled = False
     try:
         yield
     finally:
         state.enabled = enabled
         for module, tensors in swapped:
-            _swap(module, tensors)
-
-
-def _swap(module: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Put `tensors` into the module by name; answer what was there."""
-    there = {}
-    for name, tensor in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        holder = module.get_submodule(owner)
-        table = holder._parameters if leaf in holder._parameters else holder._buffers
-        there[name], table[leaf] = table[leaf], tensor
-    return there
+            swap(module, tensors)

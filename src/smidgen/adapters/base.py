@@ -6,7 +6,7 @@ is a function of the weight it says which: `merge`. That is all a method has to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -22,10 +22,19 @@ from smidgen.kernels.lora import LowRank
 class Inner(Protocol):
     """What lies below an adapter during one call."""
 
+    module: Any  # the module that the adapter stands around
     layer: Layer
+
+    @property
+    def group(self) -> Any:
+        """What tells the rows of this call from other rows of the batch, which other adapters answer."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer the call as the base layer and the adapters below would."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The effective parameters and buffers of the module, by name."""
+        ...
 
     @property
     def weight(self) -> Tensor:
@@ -64,6 +73,8 @@ class Adapter(nn.Module):
     config_class: ClassVar[type[PeftConfig]]
     # Whether the answer to a row depends on that row alone, so that each row of a batch may have its own adapter.
     per_row: ClassVar[bool] = True
+    # What it adds to each call while it is not merged: "none", "small", "large" (as much as the weight) or "prompt".
+    latency: ClassVar[str] = "small"
 
     @classmethod
     def plan(cls, model: nn.Module, config: Any) -> Iterator[Place]:
@@ -86,6 +97,10 @@ class Adapter(nn.Module):
         """Answer the call; ``inner(...)`` runs what lies below."""
         raise NotImplementedError
 
+    def added(self, inner: Inner, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What this adapter reads, and what it adds to the answer `y` of what lies below; `forward` in two parts."""
+        return y, self(inner, x) - y
+
     def is_low_rank(self) -> bool:
         """Whether the answer is that of a linear layer below plus `low_rank`, with nothing else."""
         return False
@@ -93,6 +108,15 @@ class Adapter(nn.Module):
     def low_rank(self) -> LowRank:
         """The update of one call, with the mask of its dropout; only where `is_low_rank`."""
         raise NotImplementedError
+
+    def is_idle(self) -> bool:
+        """Whether the adapter is meant to change nothing at this place: what it shares with others was spent there."""
+        return False
+
+    @classmethod
+    def is_mergeable(cls) -> bool:
+        """Whether the adapter is a function of the module's tensors."""
+        return cls.merged is not Adapter.merged
 
     def merged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's tensors by name with this adapter folded in.
@@ -123,6 +147,9 @@ class Adapter(nn.Module):
         return dict(self.named_parameters()) | {
             name: buffer for name, buffer in self.named_buffers() if name not in self._unsaved_buffers()
         }
+
+    def fit_file(self, keys: Set[str]) -> None:
+        """Before a file with these keys is loaded: take the form that it holds, where a method has several."""
 
     def _unsaved_buffers(self) -> set[str]:
         return {
@@ -163,6 +190,14 @@ class OnModel(Adapter):
     """Stands around the whole model's call: prompts, prefixes, routers."""
 
     per_row = False
+    latency = "prompt"
+    # Adapters of one family answer a batch together in which each row has its own; the others of it have none.
+    family: ClassVar[str] = ""
+
+    @classmethod
+    def answer_rows(cls, inner: Inner, adapters: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        """Answer a call with one of `adapters`, or None, for each row; only where `per_row`."""
+        raise NotImplementedError
 
     @classmethod
     def plan(cls, model: nn.Module, config: Any) -> Iterator[Place]:
@@ -172,9 +207,9 @@ class OnModel(Adapter):
         return name
 
 
-def in_adapter(name: str) -> bool:
-    """Whether the parameter or buffer called `name` belongs to an adapter and not to the base model."""
-    return ".adapters." in f".{name}"
+def in_adapter(name: str, adapter: str = "") -> bool:
+    """Whether the parameter or buffer called `name` belongs to an adapter (this one) and not to the base model."""
+    return f".adapters.{adapter}{'.' * bool(adapter)}" in f".{name}"
 
 
 def base_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:

@@ -42,7 +42,7 @@ class TaskType(enum.StrEnum):
 
 # New heads that a task adds to a model: they are always trained and always saved.
 TASK_HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.SEQ_CLS: ("classifier", "score", "classification_head"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
@@ -63,6 +63,8 @@ class PeftConfig:
     __pydantic_config__ = ConfigDict(allow_inf_nan=False)
 
     peft_type: ClassVar[str] = ""
+    # Whose adapter files it has: "peft", or "smidgen" where that has no such method.
+    files: ClassVar[str] = "peft"
     # Fields of the same method in adapter files that change the maths and are not offered here.
     refused: ClassVar[dict[str, Any]] = {}
     # Fields that adapter files of this method do not have elsewhere: they are written only where they are set.
@@ -99,7 +101,7 @@ class PeftConfig:
             and ((value := getattr(self, field.name)) != field.default or field.name not in self.beyond_format)
         }
         fields |= {"peft_type": self.peft_type, "peft_version": FORMAT_VERSION, "auto_mapping": None}
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in sorted(fields.items())}
+        return {name: _as_json(value) for name, value in sorted(fields.items())}
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``adapter_config.json`` into the folder."""
@@ -119,11 +121,12 @@ class PeftConfig:
             AdapterFileError: there is no such file, it is not JSON, or it asks for what smidgen does not do.
         """
         from smidgen.adapters.files import HUB_OPTIONS, adapter_folder
+        from smidgen.adapters.hub import as_fields
 
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         path = adapter_folder(pretrained_model_name_or_path, **hub) / CONFIG_NAME
         fields = read_object(contained(path.parent, path.name, AdapterFileError), AdapterFileError)
-        return cls.from_dict(fields | kwargs, place=str(path))
+        return cls.from_dict(as_fields(fields, str(path)) | kwargs, place=str(path))
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], place: str = CONFIG_NAME) -> Self:
@@ -221,6 +224,36 @@ class WeightConfig(TargetConfig):
             return super().problems()
         only = f"{self.peft_type.lower()}_only"
         return [*super().problems(), f"bias: must be 'none', 'all' or '{only}', got {self.bias!r}"]
+
+
+def _as_json(value: Any) -> Any:
+    """Sets as sorted lists, parts of a configuration as mappings."""
+    if isinstance(value, set):
+        return sorted(value)
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def part_of(field: str, kind: type, value: Any) -> Any:
+    """A part of a configuration that has fields of its own: a `kind`, made of a mapping as files and recipes hold it.
+
+    None and an empty mapping are None. What `kind.elsewhere` names is left out.
+
+    Raises:
+        UsageError: it is no mapping, or a field is unknown or has a wrong value.
+    """
+    if isinstance(value, kind) or not value:
+        return value or None
+    if not isinstance(value, dict):
+        raise UsageError(f"{field}: must be a mapping of fields to values, got {shown(repr(value))}")
+    known = [known.name for known in dataclasses.fields(kind)]
+    values = {name: value[name] for name in value if name not in getattr(kind, "elsewhere", ())}
+    unknown = [name for name in values if name not in known]
+    raise_all(UsageError, [f"{field}: no field '{shown(name)}'{did_you_mean(str(name), known)}" for name in unknown])
+    try:
+        return build(kind, values)
+    except ValidationError as error:
+        lines = [f"{field}.{dotted(where)}: {message}" for where, message in wrong_values(error, values)]
+        raise UsageError("\n".join(lines)) from error
 
 
 def whole_number(name: str, value: Any, least: int = 1, most: int = LARGEST_RANK) -> list[str]:

@@ -17,15 +17,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from smidgen.adapters import hub as hub_format
 from smidgen.adapters.attach import adapters_of
 from smidgen.adapters.base import Adapter
 from smidgen.adapters.config import CONFIG_NAME, PeftConfig
+from smidgen.adapters.init.taken import taken_apart
 from smidgen.adapters.trained import Mirror, TokenRows, TrainedCopy
 from smidgen.errors import AdapterFileError, did_you_mean
 from smidgen.foreign import PICKLES, contained, parse_json
 from smidgen.safetensors_header import read_header
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+MLX_WEIGHTS_NAME = "adapters.safetensors"
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 KEY_PREFIX = "base_model.model."
 # What an embedding and a head are called in the models whose adapter files carry their base weights.
@@ -51,7 +54,7 @@ def adapter_folder(name: str | Path, **hub: Any) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        files = [CONFIG_NAME, WEIGHTS_NAME, f"*/{CONFIG_NAME}", f"*/{WEIGHTS_NAME}"]
+        files = [CONFIG_NAME, WEIGHTS_NAME, hub_format.WEIGHTS_NAME, f"*/{CONFIG_NAME}", f"*/{WEIGHTS_NAME}"]
         return Path(snapshot_download(str(name), allow_patterns=files, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterFileError(f"{name}: neither a folder here nor an adapter on the hub: {error}") from error
@@ -106,12 +109,17 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], config: PeftConfig, m
     wrong = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if wrong:
         raise AdapterFileError(f"not saved: {len(wrong)} tensors are not finite: {', '.join(wrong[:5])}")
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, partial = folder / WEIGHTS_NAME, folder / f".{WEIGHTS_NAME}.partial"
+    write_tensors(folder / WEIGHTS_NAME, tensors, metadata)
+    config.save_pretrained(folder)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
     copies = {key: tensor.to("cpu").contiguous().clone() for key, tensor in tensors.items()}
     save_file(copies, partial, metadata={"format": "pt", "smidgen": json.dumps(metadata)})
-    os.replace(partial, weights)
-    config.save_pretrained(folder)
+    os.replace(partial, path)
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -120,24 +128,53 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         AdapterFileError: the file is missing, is a pickle, or is not a safetensors file.
     """
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        pickles = sorted(other.name for other in folder.glob("adapter_model.*") if other.suffix in PICKLES)
+    path = next((folder / name for name in (WEIGHTS_NAME, hub_format.WEIGHTS_NAME) if (folder / name).is_file()), None)
+    if path is None:
+        found = [*folder.glob("adapter_model.*"), *folder.glob("pytorch_adapter.*")]
+        pickles = sorted(other.name for other in found if other.suffix in PICKLES)
         if pickles:
             raise AdapterFileError(
                 f"{folder / pickles[0]}: refused unread: a pickle can run code. Convert it to {WEIGHTS_NAME} where you "
                 "trust it (safetensors.torch.save_file)"
             )
-        raise AdapterFileError(f"{folder}: no {WEIGHTS_NAME} in this folder")
-    described, texts = read_header(contained(folder, path.name, AdapterFileError), AdapterFileError)
+        mlx = "; smidgen convert --to peft reads mlx-lm's" if (folder / MLX_WEIGHTS_NAME).is_file() else ""
+        raise AdapterFileError(f"{folder}: no {WEIGHTS_NAME} in this folder{mlx}")
+    tensors, texts = read_tensors(contained(folder, path.name, AdapterFileError))
+    return tensors, _metadata(texts, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by key, and its metadata.
+
+    Raises:
+        AdapterFileError: it is not a safetensors file.
+    """
+    described, texts = read_header(path, AdapterFileError)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in described}, texts
+    except (SafetensorError, ValueError, OSError) as error:
+        raise AdapterFileError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _metadata(texts: dict[str, str], path: Path) -> dict[str, Any]:
     metadata = parse_json(texts.get("smidgen", "{}"), f"{path}: metadata of smidgen", AdapterFileError)
     if not (isinstance(metadata, dict) and isinstance(metadata.get("base_fingerprint", ""), str)):
         raise AdapterFileError(f"{path}: metadata of smidgen: must be an object whose base_fingerprint is text")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in described}, metadata
-    except (SafetensorError, ValueError, OSError) as error:
-        raise AdapterFileError(f"{path}: not a readable safetensors file: {error}") from error
+    for name in ("labels", "replaced_modules"):
+        listed = metadata.get(name, [])
+        if not (isinstance(listed, list) and all(isinstance(item, str) for item in listed)):
+            raise AdapterFileError(f"{path}: metadata of smidgen: {name} must be a list of texts")
+    return metadata
+
+
+def saved_labels(folder: Path) -> list[str]:
+    """The names of the classes that an adapter was trained for; none where its file names none."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        return []
+    _, texts = read_header(contained(folder, path.name, AdapterFileError), AdapterFileError)
+    return _metadata(texts, path).get("labels", [])
 
 
 @torch.no_grad()
@@ -151,8 +188,10 @@ def load_tensors(model: nn.Module, name: str, tensors: dict[str, Tensor], place:
     repeated: dict[str, str] = {}
     for path, adapter in adapters_of(model, name):
         repeated |= adapter.repeated(path)
+        adapter.fit_file(tensors.keys())
         for parameter, tensor in adapter.file_tensors().items():
             wanted[adapter.file_key(path, parameter)] = (adapter, tensor)
+    tensors = taken_apart(tensors, {key: tensor for key, (_, tensor) in wanted.items()})
     problems = _base_weights(model, name, tensors)
     known = wanted.keys() | repeated.keys()
     extra = [key for key in tensors if key not in known and not key.endswith(".base_layer.weight")]

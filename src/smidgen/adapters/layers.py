@@ -194,3 +194,17 @@ def layer_of(module: Any) -> Layer | None:
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a linear layer, however it stores its weight."""
     return isinstance(layer_of(module), LinearLayer)
+
+
+class Factor(nn.Module):
+    """One factor of the update: a weight, and a bias where the update has one."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+
+def product(linear: Any, x: Tensor) -> Tensor:
+    """What a small linear layer of an adapter answers, computed in the type of `x`."""
+    return F.linear(x, linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype))

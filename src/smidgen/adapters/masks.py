@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.adapters.gradients import mean_gradients
 from smidgen.adapters.layers import Layer, layer_of
 from smidgen.adapters.targets import find_targets
 from smidgen.errors import TargetError, UsageError
@@ -66,27 +67,7 @@ def score_weights(model: nn.Module, config: Any, batches: Iterable[Mapping[str, 
             f"mask_type: '{config.mask_type}' needs gradients of weights, and those stored in 4 or 8 bits take none; "
             "take 'random' or 'magnitude', or score the 16-bit model"
         )
-    weights: list[Any] = [model.get_submodule(path).weight for path in paths]
-    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    totals = [torch.zeros(weight.shape, device=weight.device) for weight in weights]
-    count = 0
-    try:
-        model.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        with torch.enable_grad():
-            for batch in batches:
-                count += 1
-                loss = getattr(model(**batch), "loss", None)
-                if loss is None:
-                    raise UsageError("batches: the model answers no loss; give labels")
-                for total, gradient in zip(totals, torch.autograd.grad(loss, weights), strict=True):
-                    total += gradient.float().square() if config.mask_type == "fisher" else gradient.float()
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(wanted[name])
-    if not count:
-        raise UsageError("batches: there are none")
+    means = mean_gradients(model, paths, batches, torch.square if config.mask_type == "fisher" else torch.clone)
     layers = [layer_of(model.get_submodule(path)) for path in paths]
-    found = zip(paths, layers, totals, strict=True)
-    return {path: layer.matrix(total).abs() / count for path, layer, total in found if layer is not None}
+    found = zip(paths, layers, means, strict=True)
+    return {path: layer.matrix(mean).abs() for path, layer, mean in found if layer is not None}

@@ -89,6 +89,8 @@ class Targeted(WeightAdapter):
 class Additive(Targeted):
     """W + `delta`: what is added is computed apart, in the base's dtype, so that no weight is read."""
 
+    latency = "large"
+
     def delta(self) -> Tensor:
         """What is added to the weight, (out, in)."""
         raise NotImplementedError
@@ -104,6 +106,7 @@ class Additive(Targeted):
 class Factored(Additive):
     """W + B A with A (R, in) and B (out, R); dropout acts on the inputs of A."""
 
+    latency = "small"
     dropout: nn.Dropout
 
     def factors(self) -> tuple[Tensor, Tensor]:

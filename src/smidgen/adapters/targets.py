@@ -1,19 +1,22 @@
-"""Which modules of a model an adapter stands around: names, patterns, layers; every request must match something."""
+"""Which modules and parameters of a model an adapter acts on; every name and pattern must match something."""
 
 from __future__ import annotations
 
 import math
 import re
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import regex
 from torch import nn
 
 from smidgen.adapters.base import base_modules
+from smidgen.adapters.config import TASK_HEADS
 from smidgen.adapters.layers import is_linear, layer_of
 from smidgen.errors import TargetError, did_you_mean, raise_all
 from smidgen.foreign import shown
@@ -24,6 +27,8 @@ _HONEST_SECONDS = 0.0002
 _MOST_REPEATS = 1000  # all counts of an expression, such as {3}, multiplied
 _COUNTS = re.compile(r"[{,]\s*(\d+)(?=\s*[,}])")
 _LONGEST_PATTERN = 10_000  # characters
+# What the projections of an expert are called where every expert is a module of its own.
+_PROJECTIONS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 # How the numbered list of layers is called in a path: "model.layers.3.self_attn", "transformer.h.3.attn".
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
 
@@ -38,7 +43,9 @@ def find_targets(model: nn.Module, config: Any, accepts: Callable[[Any], bool] |
 
     Reads `target_modules` (None or ``"all-linear"``: every linear layer but the head; a string: a regular
     expression that matches the whole path; a list: names that a path ends with), `exclude_modules` (likewise),
-    `layers_to_transform` with `layers_pattern`, and leaves out what lies in `modules_to_save`.
+    `layers_to_transform` with `layers_pattern`, and leaves out what lies in `modules_to_save` or the task's head. Of a
+    model that takes images, ``"all-linear"`` means the language half, and the names of its layers take its place in
+    `config`.
 
     Args:
         accepts: what can be adapted; by default every kind of layer.
@@ -48,21 +55,32 @@ def find_targets(model: nn.Module, config: Any, accepts: Callable[[Any], bool] |
     """
     wanted = ALL_LINEAR if config.target_modules is None else config.target_modules
     modules = {path: module for path, module in base_modules(model) if path}
-    kept = config.modules_to_save or []
-    modules = {path: m for path, m in modules.items() if not any(_inside(path, name) for name in kept)}
+    modules = {path: m for path, m in modules.items() if not is_copied(path, config)}
     problems = []
     if wanted == ALL_LINEAR:
-        heads = _heads(model)
-        chosen = [p for p, m in modules.items() if is_linear(m) and m not in heads and not is_bypassed(model, p)]
+        heads, half = _heads(model), language_half(model)
+        linear = {p: m for p, m in modules.items() if is_linear(m) and p.startswith(half)}
+        chosen = [p for p, m in linear.items() if m not in heads and not is_bypassed(model, p)]
+        if half:
+            config.target_modules = names_of(model, chosen)  # other tools take "all-linear" for the whole model
     elif isinstance(wanted, str):
         pattern = Pattern(wanted, "target_modules")
         chosen = [path for path in modules if pattern.matches(path)]
         if not chosen:
-            problems.append(f"target_modules: '{wanted}' matches 0 modules.{_available(modules)}")
+            problems.append(f"target_modules: '{wanted}' matches 0 modules.{_available(modules)}{experts_told(model)}")
     else:
         names = set(wanted)
         chosen = [path for path in modules if not names.isdisjoint(_endings(path))]
-        problems += _unmatched("target_modules", sorted(names), modules)
+        missing = _unmatched("target_modules", sorted(names), modules)
+        partly = sorted(names & _PROJECTIONS) if not getattr(config, "target_parameters", None) else []
+        if missing:
+            missing[-1] += experts_told(model)
+        elif partly and stacks(model):
+            warnings.warn(
+                f"target_modules: {', '.join(partly)}: of layers outside the experts only.{experts_told(model)}",
+                stacklevel=2,
+            )
+        problems += missing
     chosen, layer_problems = _in_layers(chosen, config)
     problems += layer_problems
     chosen, excluded = _exclude(chosen, config)
@@ -102,6 +120,59 @@ def find_named(model: nn.Module, names: Iterable[str], field: str, at_dot: bool 
     return [path for path in modules if any(matches(path, name) for name in names)]
 
 
+def stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that hold the weights of all experts of a module, (E, out, in) or (E, in, out), by path."""
+    return {
+        f"{path}.{name}": parameter
+        for path, module in base_modules(model)
+        if path and layer_of(module) is None and isinstance(getattr(module, "num_experts", None), int)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.shape[0] == module.num_experts
+    }
+
+
+def short_name(path: str) -> str:
+    """The last two names of a parameter's path, such as "experts.gate_up_proj"."""
+    return ".".join(path.split(".")[-2:])
+
+
+def experts_told(model: nn.Module) -> str:
+    """What `target_parameters` can say to adapt the model's experts, with counts; "" where it has none."""
+    counts = Counter(map(short_name, stacks(model)))
+    told = ", ".join(f"{name} x{count}" for name, count in counts.items())
+    return f" The experts are parameters, for target_parameters: {told}." if told else ""
+
+
+def find_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """The parameters whose path ends with one of `names`: module path -> their names, in the module's order.
+
+    Raises:
+        TargetError: a name matches nothing, or something that is no matrix and no stack of matrices.
+    """
+    known = {
+        f"{path}.{name}": parameter
+        for path, module in base_modules(model)
+        if path
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    names = list(names)
+    near = {ending for path in stacks(model) for ending in (short_name(path), path.rpartition(".")[2])}
+    problems = [
+        f"target_parameters: '{shown(name)}' matches 0 parameters{did_you_mean(name, near) or '.'}{experts_told(model)}"
+        for name in names
+        if not any(ends_with(path, name) for path in known)
+    ]
+    found: dict[str, list[str]] = {}
+    for path, parameter in known.items():
+        if any(ends_with(path, name) for name in names):
+            if parameter.dim() not in (2, 3):
+                problems.append(f"target_parameters: '{path}' is neither a matrix nor a stack: {list(parameter.shape)}")
+            module, _, leaf = path.rpartition(".")
+            found.setdefault(module, []).append(leaf)
+    raise_all(TargetError, problems)
+    return found
+
+
 def names_of(model: nn.Module, paths: list[str]) -> list[str]:
     """The names, as a configuration lists them, that exactly the modules at `paths` end with."""
     by_name: dict[str, set[str]] = {}
@@ -112,7 +183,9 @@ def names_of(model: nn.Module, paths: list[str]) -> list[str]:
 
 
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern (a regular expression for the end of a path) that matches `path`."""
+    """The value of `path` itself, or of the first pattern (a regular expression for the end of a path) that matches."""
+    if path in patterns:
+        return patterns[path]
     for pattern, value in patterns.items():
         if _ending(pattern, "pattern").matches(path):
             return value
@@ -139,17 +212,30 @@ def count_names(paths: Iterable[str]) -> dict[str, int]:
     return dict(Counter(path.rpartition(".")[2] for path in paths).most_common())
 
 
+def language_half(model: Any) -> str:
+    """How the paths of the language half of a model that takes images begin; an empty text for any other model."""
+    if not hasattr(getattr(model, "config", None), "vision_config"):
+        return ""
+    decoder = model.get_decoder()
+    return next((f"{path}." for path, module in base_modules(model) if path and module is decoder), "")
+
+
 def _heads(model: nn.Module) -> set[nn.Module]:
     """The layers that turn hidden states into the answer: not adapted by ``all-linear``."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    named = [getattr(model, name, None) for name in ("lm_head", "score", "classifier", "qa_outputs")]
-    return {head for head in [output, *named] if head is not None}
+    named = [getattr(model, name, None) for name in ("lm_head", *chain.from_iterable(TASK_HEADS.values()))]
+    return {part for head in (output, *named) if head is not None for part in head.modules()}
 
 
 def is_bypassed(model: nn.Module, path: str) -> bool:
     """Whether the parent computes with the weight itself and never calls the module."""
     parent = path.rpartition(".")[0]
     return isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+
+
+def is_copied(path: str, config: Any) -> bool:
+    """Whether the module lies in one that is trained in full beside the method: named, or the head of a task."""
+    return any(_inside(path, name) for name in (*(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type, ())))
 
 
 def _inside(path: str, name: str) -> bool:

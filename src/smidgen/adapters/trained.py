@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from smidgen.adapters.base import Adapter, Inner, Place, WeightAdapter, base_modules, in_adapter
 from smidgen.adapters.config import TASK_HEADS
 from smidgen.adapters.layers import EmbeddingLayer, layer_of
-from smidgen.adapters.targets import ends_with, find_named, find_targets, is_bypassed, names_of
+from smidgen.adapters.targets import (
+    ends_with,
+    find_named,
+    find_targets,
+    is_bypassed,
+    is_copied,
+    language_half,
+    names_of,
+)
 from smidgen.errors import TargetError
 from smidgen.quant.linear import QuantizedLinear
 
@@ -25,6 +33,8 @@ class TrainedCopy(Adapter):
 
     The configuration of its place is the list of the parameters' names within the module.
     """
+
+    latency = "none"
 
     def __init__(self, base: Any, config: list[str], shared: Any = None):
         super().__init__(base, config, shared)
@@ -63,7 +73,9 @@ class CopyMethod(TrainedCopy):
         candidates = cls.candidates(model)
         modules = {model.get_submodule(path): names for path, names in candidates.items()}
         if config.target_modules is None:
-            meant = [path for path in candidates if cls.suits(model.get_submodule(path))]
+            inside = [path for path in candidates if path.startswith(language_half(model))]
+            inside = [path for path in inside if not is_copied(path, config)]
+            meant = [path for path in inside if cls.suits(model.get_submodule(path))]
             if not meant:
                 raise TargetError(f"{cls.__name__}: {type(model).__name__} has nothing that it trains; {cls.otherwise}")
             config.target_modules = names_of(model, meant)
@@ -152,10 +164,10 @@ def plan_trained(model: nn.Module, config: Any, targets: list[str]) -> Iterator[
     Raises:
         TargetError: a name matches nothing.
     """
-    names = list(config.modules_to_save or [])
-    heads = TASK_HEADS.get(config.task_type, ())
+    heads = TASK_HEADS.get(config.task_type, ())  # other tools' files name them all, whichever the model has
     present = [path for path, _ in base_modules(model)]
-    names += [head for head in heads if head not in names and any(ends_with(path, head) for path in present)]
+    names = [name for name in config.modules_to_save or () if name not in heads]
+    names += [head for head in heads if any(ends_with(path, head) for path in present)]
     copied = find_named(model, names, "modules_to_save", at_dot=False) if names else []
     for path in copied:
         own = [name for name, _ in model.get_submodule(path).named_parameters() if not in_adapter(name)]

@@ -58,6 +58,8 @@ class Where(NamedTuple):
     offsets: Tensor  # (S + 1,) int64: see `attention`
     cos: Tensor  # (N, R): see `rope`
     sin: Tensor
+    spread: Tensor | None = None  # (E,) int64: the tokens as they attend, where some do so more than once
+    kept: Tensor | None = None  # (N,) int64: which of these answers count
 
 
 def add_attention(x: Tensor, part: Attention, where: Where) -> Tensor:
@@ -250,8 +252,9 @@ class _AddAttention(torch.autograd.Function):
         matrix = x.reshape(-1, x.shape[-1]).contiguous()
         first = normed(matrix, part.norm)
         heads, lows = _heads(first.y, part, where)
-        out, lse = attended(heads.q, heads.k, heads.v, where.offsets, part.scores)
-        total, mix_lows, after = _mixed(matrix, out.flatten(1), part.mix, part.norm_after)
+        q, k, v = _spread(heads, where)
+        out, lse = attended(q, k, v, where.offsets, part.scores)
+        total, mix_lows, after = _mixed(matrix, _kept(out, where).flatten(1), part.mix, part.norm_after)
         kept = (matrix, first.scale, where, heads, lows, out, lse, mix_lows, after)
         _keep(ctx, skeleton, tensors, kept)
         return total.view(x.shape)
@@ -264,12 +267,12 @@ class _AddAttention(torch.autograd.Function):
         above = grad.reshape(x.shape).contiguous()
 
         g, of_norm_after = _unnormed(above, after, part.norm_after, wanted.norm_after)
-        g, of_mix = _mix_backward(g, out.flatten(1), part.mix, mix_lows, wanted.mix)
+        g, of_mix = _mix_backward(g, _kept(out, where).flatten(1), part.mix, mix_lows, wanted.mix)
 
         again = functools.cache(lambda: normed(x, part.norm).y)
         whole, cut = _room(part.inputs, len(x), _widths(part), x.dtype)
         q, k, v = (y.unflatten(1, (-1, part.head_width)) for y in cut)
-        attended_backward(heads.q, heads.k, heads.v, where.offsets, part.scores, out, lse, g.view(out.shape), (q, k, v))
+        _attended_backward(heads, where, part.scores, out, lse, g, (q, k, v))
         of_heads = []
         for y, raw, norm, want in zip((q, k), heads.raw, part[2:4], wanted[2:4]):
             rotated(y, where.cos, where.sin, sign=-1.0, out=y)
@@ -290,6 +293,32 @@ class _AddAttention(torch.autograd.Function):
             norm_after=of_norm_after,
         )
         return of_x, None, None, *_in_places(ctx.trees[0], grads)
+
+
+def _spread(heads: _Heads, where: Where) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of the tokens as they attend."""
+    q, k, v = (y if where.spread is None else y[where.spread] for y in heads[:3])
+    return q, k, v
+
+
+def _kept(out: Tensor, where: Where) -> Tensor:
+    return out if where.kept is None else out[where.kept]
+
+
+def _attended_backward(
+    heads: _Heads, where: Where, scores: Scores, out: Tensor, lse: Tensor, grad: Tensor, into: Sequence[Tensor]
+) -> None:
+    """Write the gradients of queries, keys and values `into` tensors: sums over the places where a token attends."""
+    q, k, v = _spread(heads, where)
+    if where.spread is None or where.kept is None:
+        attended_backward(q, k, v, where.offsets, scores, out, lse, grad.view(out.shape), into)
+        return
+    wide = torch.zeros_like(out)
+    wide[where.kept] = grad.view(-1, *out.shape[1:])
+    parts = [torch.empty(y.shape, dtype=y.dtype) for y in (q, k, v)]
+    attended_backward(q, k, v, where.offsets, scores, out, lse, wide, parts)
+    for whole, part in zip(into, parts):
+        whole.zero_().index_add_(0, where.spread, part)
 
 
 def _mix_backward(grad: Tensor, x: Tensor, mix: Linear, lows: Any, wanted: Any) -> tuple[Tensor, Any]:

@@ -3,23 +3,18 @@
 import torch
 from torch import Tensor
 
-from smidgen.adapters.init import Start
+from smidgen.adapters.init import Start, leading_directions
 
 
 def initialise(start: Start, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor, bool]:
     """s B A = the best rank-R approximation of the weight, split evenly: B = U sqrt(S/s), A = sqrt(S/s) V^T.
 
     Args:
-        niter: approximate it with so many iterations of a randomised decomposition. The random numbers are always the
-            same, so that loading an adapter finds the start that it was trained from.
+        niter: approximate it with so many iterations of a randomised decomposition, the same at each load.
     """
     if niter is None:
         u, s, vh = torch.linalg.svd(start.read(), full_matrices=False)
-        u, s, vh = u[:, :r], s[:r], vh[:r]
     else:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(start.read(), r, niter=niter)
-        vh = v.T
-    root = (s / scaling).sqrt()
-    return root[:, None] * vh, u * root, True
+        u, s, vh = leading_directions(start.read(), r, niter, seed=0)
+    root = (s[:r] / scaling).sqrt()
+    return root[:, None] * vh[:r], u[:, :r] * root, True

@@ -16,6 +16,7 @@ class BitFitConfig(TargetConfig):
     """The configuration of BitFit; where `target_modules` is None, every bias is trained."""
 
     peft_type: ClassVar[str] = "BITFIT"
+    files: ClassVar[str] = "smidgen"
 
 
 class BitFit(CopyMethod):

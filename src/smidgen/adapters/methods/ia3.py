@@ -17,7 +17,7 @@ from smidgen.adapters.base import Inner, Place, base_modules
 from smidgen.adapters.config import TargetConfig
 from smidgen.adapters.layers import ConvLayer, LinearLayer, is_linear
 from smidgen.adapters.targeted import Targeted, device_of
-from smidgen.adapters.targets import Pattern, ends_with
+from smidgen.adapters.targets import Pattern, ends_with, language_half
 from smidgen.errors import TargetError, raise_all
 
 # What layers are called in the models of transformers: they compute keys and values, or read the inner activations.
@@ -58,11 +58,12 @@ class IA3(Targeted):
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> list[str]:
-        linear = [path for path, module in base_modules(model) if is_linear(module)]
+        half = language_half(model)
+        linear = [path for path, module in base_modules(model) if is_linear(module) and path.startswith(half)]
         found = [name for name in (*_KEYS_VALUES, *_FEED_FORWARD) if any(ends_with(path, name) for path in linear)]
         if not found:
             raise TargetError("target_modules: no keys, values or feed-forward layers known by name; name the targets")
-        return found
+        return [path for path in linear if any(ends_with(path, name) for name in found)] if half else found
 
     @classmethod
     def plan(cls, model: nn.Module, config: IA3Config) -> Iterator[Place]:

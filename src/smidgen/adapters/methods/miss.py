@@ -49,6 +49,7 @@ class MiSS(Additive):
     """W + M, whose columns repeat every R inputs: `miss_block` (R, out). Bat: every block of W becomes W + W M + M."""
 
     config_class = MissConfig
+    latency = "small"
 
     def __init__(self, base: Any, config: MissConfig, shared: Any = None):
         super().__init__(base, config, shared)

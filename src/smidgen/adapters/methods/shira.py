@@ -25,7 +25,8 @@ class ShiraConfig(WeightConfig):
     Args:
         r: as many entries are trained as LoRA of this rank has: r (in + out).
         mask_type: which entries: "random", "magnitude" (the largest), "gradient" or "fisher" (those that data moves
-            most; give `scores` before the adapter is attached).
+            most: a run scores its training data; else give `scores` before the adapter is attached).
+        init_batches: how many micro-batches of the training data a run scores.
         random_seed: the seed of the random mask.
         scores: of each target layer by path, (out, in), from `smidgen.adapters.masks.score_weights`; never saved, as
             the file holds the positions.
@@ -33,19 +34,25 @@ class ShiraConfig(WeightConfig):
 
     peft_type: ClassVar[str] = "SHIRA"
     beyond_format: ClassVar[frozenset[str]] = frozenset(
-        {"bias", "exclude_modules", "layers_to_transform", "layers_pattern"}
+        {"bias", "exclude_modules", "init_batches", "layers_to_transform", "layers_pattern"}
     )
 
     r: int = 32
     mask_type: str = "random"
+    init_batches: int = 16
     random_seed: int | None = None
     scores: dict[str, Any] | None = field(init=False, default=None, repr=False, compare=False)
 
     def problems(self) -> list[str]:
-        lines = super().problems() + whole_number("r", self.r)
+        lines = super().problems() + whole_number("r", self.r) + whole_number("init_batches", self.init_batches)
         if self.random_seed is not None:
             lines += whole_number("random_seed", self.random_seed, 0, 2**63 - 1)
         return lines
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether data choose the entries."""
+        return self.mask_type in DATA_MASKS
 
     def read_from_file(self) -> None:
         self.scores = {}  # the positions come with the file, whatever its mask was called
