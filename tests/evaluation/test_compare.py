@@ -75,6 +75,20 @@ def test_counts_and_summary(model: Scripted, batch_size: int):
     assert plain[0].replace("<|im_start|>user", shots + "<|im_start|>user") in [prompt for _, prompt in model.prompts]
 
 
+def test_the_base_is_also_told_in_words(model: Scripted):
+    tokenizer = byte_tokenizer(eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    own = row(1)
+    own.messages.insert(0, {"role": "system", "content": "Be kind."})
+    found = compare(model, tokenizer, [row(0), own], hard_prompt="say 100", system="Do it.")
+    assert found.right == {"base": 0, "hard prompt": 1, "tuned": 2}
+    assert found.lines()[-1] == "exact match on 2 held-out rows: base 0.0 % (hard prompt 50.0 %) -> tuned 100.0 %"
+    told = [prompt for tuned, prompt in model.prompts if "say 100" in prompt]
+    assert [prompt.partition("<|im_end|>")[0] for prompt in told] == [
+        "<|im_start|>system\nsay 100\nDo it.",
+        "<|im_start|>system\nsay 100\nBe kind.",
+    ]
+
+
 def test_a_row_without_an_answer_and_no_row_are_errors(model: Scripted):
     tokenizer = byte_tokenizer(eos_token="<|endoftext|>")
     with pytest.raises(DataError, match="line 4: there is no assistant's text"):

@@ -6,7 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 
-from smidgen.evaluation.report import loss_curve, render, write_report
+from smidgen.evaluation.report import curve, render, write_report
 
 LOG = [
     {"step": 10, "loss": 3.0, "lr": 1e-4, "grad_norm": 1.0, "tokens_per_second": 300.0},
@@ -55,14 +55,14 @@ def test_the_page_refers_to_nothing_outside_and_runs_nothing():
 
 
 def test_the_curve_has_both_losses_where_they_belong():
-    curve = loss_curve(LOG)
-    train = re.search(r'<polyline class="train" points="([^"]+)"', curve)
-    held = re.search(r'<circle class="held" cx="([\d.]+)" cy="([\d.]+)"', curve)
+    drawn = curve(LOG, "loss")
+    train = re.search(r'<polyline class="train" points="([^"]+)"', drawn)
+    held = re.search(r'<circle class="held" cx="([\d.]+)" cy="([\d.]+)"', drawn)
     assert train and held
     (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in train[1].split())
     assert x0 < x1 == float(held[1])
     assert y0 < float(held[2]) < y1  # the lower the loss, the further down
-    assert "No step" in loss_curve([])
+    assert "No step" in curve([], "loss")
 
 
 def test_the_report_is_made_from_the_run_folder(tmp_path):

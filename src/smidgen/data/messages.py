@@ -8,6 +8,7 @@ from typing import Any
 from smidgen.foreign import parse_json, shown
 
 Message = dict[str, Any]
+MARK = "<image>"  # where an image stands in a text
 
 
 class BadRow(Exception):
@@ -69,7 +70,8 @@ _ROLES = {
 _KEPT = ("name", "tool_call_id", "reasoning_content", "weight")  # of a message, passed on as they are
 
 
-def read_message(place: str, turn: Any) -> Message:
+def read_message(place: str, turn: Any, images: list[str | None] | None = None) -> Message:
+    """Read one turn; the paths of its image parts are added to `images`, and a mark stands for each in its text."""
     if not isinstance(turn, dict):
         raise BadRow(f"{place} must be an object, got {kind_of(turn)}")
     role_field, text_field = ("role", "content") if "role" in turn else ("from", "value")
@@ -78,8 +80,11 @@ def read_message(place: str, turn: Any) -> Message:
     if role is None:
         raise BadRow(f"{place}: '{role_field}' must be one of {', '.join(_ROLES)}; got {shown(repr(name))}")
     content = turn.get(text_field)
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(text_of(part, "text") for part in content)
+    kinds = ("text",) if images is None else ("text", "image")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") in kinds for part in content):
+        if images is not None:
+            images += [part.get("path") for part in content if part["type"] == "image"]
+        content = "".join(text_of(part, "text") if part["type"] == "text" else MARK for part in content)
     calls = turn.get("tool_calls")
     if content is None and calls:
         content = ""

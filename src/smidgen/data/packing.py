@@ -6,9 +6,9 @@ Letters: B rows, T tokens.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class Batch:
     input_ids (B, T) int64; labels (B, T) int64, not shifted, -100 where there is no loss (as at a row's first token).
     attention_mask (B, T) int64, 1 for tokens and 0 for padding; None where there is no padding.
     position_ids (B, T) int64, starting at 0 with every row of a packed batch (B = 1); None in a padded batch.
-    rows: the indices of its rows. supervised: how many labels carry loss.
+    rows: the indices of its rows. supervised: how many labels carry loss. images: the paths of all rows' images.
     """
 
     input_ids: torch.Tensor
@@ -39,11 +39,12 @@ class Batch:
     position_ids: torch.Tensor | None
     rows: list[int]
     supervised: int
+    images: tuple[str, ...] = ()
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         """Answer the batch with its tensors on that device."""
         tensors = {f.name: value for f in fields(self) if hasattr(value := getattr(self, f.name), "to")}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return replace(self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()})
 
 
 def epoch_plan(
@@ -86,23 +87,44 @@ def micro_batches(
 
     Packed: rows stand one behind the other in one sequence, `position_ids` start anew with each, and there is no
     attention mask: transformers then keeps the rows apart. Padded: rows of like length share a batch, padded behind.
+    Rows with images are never packed.
 
     Raises:
         DataError: a row is longer than the budget.
     """
-    lengths = {index: len(rows[index].input_ids) for index in update}
+    groups = cut(rows, update, token_budget=token_budget, packing=packing)
+    return [batch_of([rows[index] for index in group], group, packing=packing, pad_id=pad_id) for group in groups]
+
+
+def cut(
+    rows: Any, update: Sequence[int], *, token_budget: int, packing: bool, padded: Mapping[int, int] | None = None
+) -> list[list[int]]:
+    """The indices of `update` in groups of at most `token_budget` tokens; the largest comes first.
+
+    Args:
+        rows: of any kind that has `lengths` and tells where each is from.
+        padded: of each index, the tokens that count where rows are padded; by default the row's. A row that is within
+            the budget but not with its padding is a group of its own.
+
+    Raises:
+        DataError: a row is longer than the budget.
+    """
+    lengths = {index: int(rows.lengths[index]) for index in update}
     long = [index for index in update if lengths[index] > token_budget]
     if long:
         raise DataError(
             f"{rows[long[0]].where}: the row has {lengths[long[0]]} tokens, more than the {token_budget} computed at "
             "once; raise micro_batch_tokens or lower max_length"
         )
+    if not packing and padded is not None:
+        lengths = {index: padded[index] for index in update}
     longest_first = sorted(update, key=lambda index: -lengths[index])
-    groups = (
-        _best_fit(longest_first, lengths, token_budget) if packing else _alike(longest_first, lengths, token_budget)
-    )
-    make = _packed if packing else _padded
-    return [make([rows[index] for index in group], group, pad_id) for group in groups]
+    return (_best_fit if packing else _alike)(longest_first, lengths, token_budget)
+
+
+def batch_of(rows: list[TokenRow], indices: Sequence[int], *, packing: bool, pad_id: int) -> Batch:
+    """Rows behind each other in one sequence, or padded to the longest."""
+    return (_packed if packing else _padded)(rows, indices, pad_id)
 
 
 def _best_fit(order: Sequence[int], lengths: dict[int, int], budget: int) -> list[list[int]]:
@@ -139,28 +161,31 @@ def _labels(row: TokenRow) -> np.ndarray:
     return labels
 
 
-def _packed(rows: list[TokenRow], indices: list[int], pad_id: int) -> Batch:
+def _packed(rows: list[TokenRow], indices: Sequence[int], pad_id: int) -> Batch:
     ids = np.concatenate([row.input_ids for row in rows])
     labels = np.concatenate([_labels(row) for row in rows])
     positions = np.concatenate([np.arange(len(row.input_ids)) for row in rows])
     return _batch(ids[None], labels[None], None, positions[None], indices)
 
 
-def _padded(rows: list[TokenRow], indices: list[int], pad_id: int) -> Batch:
-    longest = max(len(row.input_ids) for row in rows)
-    ids = np.full((len(rows), longest), pad_id)
-    labels = np.full((len(rows), longest), IGNORED)
-    mask = np.zeros((len(rows), longest), dtype=np.int64)
+def _padded(rows: list[TokenRow], indices: Sequence[int], pad_id: int) -> Batch:
+    ids = filled_behind([row.input_ids for row in rows], pad_id)
+    labels = filled_behind([_labels(row) for row in rows], IGNORED)
+    mask = filled_behind([np.ones_like(row.input_ids) for row in rows], 0)
+    images = tuple(image for row in rows for image in row.images)
+    return replace(_batch(ids, labels, None if mask.all() else mask, None, indices), images=images)
+
+
+def filled_behind(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
+    """Rows of numbers as one array, int64, the shorter ones filled with `value`."""
+    array = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
     for place, row in enumerate(rows):
-        length = len(row.input_ids)
-        ids[place, :length] = row.input_ids
-        labels[place, :length] = _labels(row)
-        mask[place, :length] = 1
-    return _batch(ids, labels, None if mask.all() else mask, None, indices)
+        array[place, : len(row)] = row
+    return array
 
 
 def _batch(
-    ids: np.ndarray, labels: np.ndarray, mask: np.ndarray | None, positions: np.ndarray | None, indices: list[int]
+    ids: np.ndarray, labels: np.ndarray, mask: np.ndarray | None, positions: np.ndarray | None, indices: Sequence[int]
 ) -> Batch:
     import torch
 

@@ -19,6 +19,7 @@ import numpy as np
 from smidgen.data import check
 from smidgen.data.check import DataReport, FileReport, SetReport, Size
 from smidgen.data.formats import Example, FileRows, Tally, convert_rows, named_format
+from smidgen.data.images import ImageReader
 from smidgen.data.mixing import held_out, mix
 from smidgen.data.read import data_files, read_rows
 from smidgen.data.rows import TokenRows
@@ -37,11 +38,12 @@ Progress = Callable[[str], None]
 class Prepared:
     """What training needs of its data.
 
+    train, eval: `TokenRows`; of a task with labels, `TaskRows`.
     template: the exact text of the chat template that was used, to be saved beside what is trained; None: texts only.
     """
 
-    train: TokenRows
-    eval: TokenRows | None
+    train: Any
+    eval: Any
     report: DataReport
     template: str | None
 
@@ -54,6 +56,7 @@ def prepare_data(
     seed: int = 42,
     cache_dir: Path | None = None,
     stop_ids: set[int],
+    images: ImageReader | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
     """Read, check and tokenise the data of a recipe.
@@ -64,6 +67,7 @@ def prepare_data(
         seed: for what is held out and for mixtures; nothing else is random.
         cache_dir: where tokens are kept for the next run; None: nowhere.
         stop_ids: the tokens at which the model stops.
+        images: of a model that takes images. Rows with images are made anew each time: their files may have changed.
         progress: gets a line about once a second.
 
     Raises:
@@ -71,7 +75,7 @@ def prepare_data(
     """
     weights = _weights(data.train)
     check_eval(data)
-    maker = _Maker(data, tokenizer, objective, cache_dir, stop_ids, progress)
+    maker = _Maker(data, tokenizer, objective, cache_dir, stop_ids, images, progress)
     train, train_report = maker.rows(data.train)
     check.require_supervised(train, train_report)
     if objective == "sft":
@@ -155,8 +159,10 @@ class _Maker:
         objective: str,
         cache_dir: Path | None,
         stop_ids: set[int],
+        images: ImageReader | None,
         progress: Progress | None,
     ) -> None:
+        self.images = images
         self.data, self.tokenizer, self.objective = data, tokenizer, objective
         self.cache_dir, self.stop_ids, self.progress = cache_dir, stop_ids, progress
         self.encoder = Encoder(tokenizer)
@@ -177,7 +183,7 @@ class _Maker:
             return rows, _report(notes)
         with no_garbage_collection():
             rows, notes = self._make(files)
-        if folder:
+        if folder and not rows.images:
             rows.save(folder, notes)
         return rows, _report({**notes, "cached": False})
 
@@ -200,6 +206,7 @@ class _Maker:
             "special": self.tokenizer.special_tokens_map,
             "stop": sorted(self.stop_ids),
             "objective": self.objective,
+            "images": self.images is not None,
         }
         return hashlib.blake2b(json.dumps(depends, default=str).encode(), digest_size=16).hexdigest()
 
@@ -214,6 +221,7 @@ class _Maker:
             learn_all=self.objective == "pretrain" or self.data.train_on == "all",
             max_length=self.data.max_length,
             on_long=self.data.on_long,
+            images=self.images,
         )
         rows, reports = make_rows(found, lambda file: tokeniser.pieces(file.examples), self.progress)
         notes = {
@@ -322,6 +330,7 @@ class RowStore:
 
     def __init__(self) -> None:
         self._chunks: list[tuple[np.ndarray, ...]] = []
+        self._images: dict[int, tuple[str, ...]] = {}
 
     def add(self, file: int, pieces: list[Piece]) -> None:
         lengths = np.fromiter((len(piece.ids) for piece in pieces), np.int64, len(pieces))
@@ -334,9 +343,12 @@ class RowStore:
             for first, end in piece.learned:
                 learned[start + first : start + end] = True
         raw = ids.tobytes()
+        named_images = ("\0".join(piece.images).encode() for piece in pieces)
+        stored = sum(len(chunk[2]) for chunk in self._chunks)
+        self._images |= {stored + place: piece.images for place, piece in enumerate(pieces) if piece.images}
         digests = (
-            int.from_bytes(hashlib.blake2b(raw[4 * start : 4 * end], digest_size=8).digest(), "little")
-            for start, end in zip(starts, ends.tolist(), strict=True)
+            int.from_bytes(hashlib.blake2b(raw[4 * start : 4 * end] + named, digest_size=8).digest(), "little")
+            for start, end, named in zip(starts, ends.tolist(), named_images, strict=True)
         )
         self._chunks.append(
             (
@@ -355,7 +367,8 @@ class RowStore:
             self.add(0, [])
         ids, learned, lengths, file, line, state, digest = map(np.concatenate, zip(*self._chunks, strict=True))
         offsets = np.concatenate(([0], np.cumsum(lengths)))
-        return TokenRows(ids, learned, offsets, file, line, state, digest, tuple(files), np.arange(len(lengths)))
+        order = np.arange(len(lengths))
+        return TokenRows(ids, learned, offsets, file, line, state, digest, tuple(files), order, self._images)
 
 
 class _Clock:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ _ARRAYS = ("ids", "learned", "offsets", "file", "line", "state", "digest")
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One row: T token ids, which of them are learned (bool), and the place it comes from."""
+    """One row: T token ids, which of them are learned (bool), the place it comes from, the paths of its images."""
 
     input_ids: np.ndarray
     supervised: np.ndarray
     where: str
+    images: tuple[str, ...] = ()
 
     @property
     def prompt_length(self) -> int:
@@ -48,6 +50,7 @@ class TokenRows(Sequence[TokenRow]):
     offsets: int64, where the stored rows begin, and the end of the last.
     file, line, state, digest: one for each stored row: index into `files`, line, COMPLETE..., a hash of the ids.
     order: which stored rows these are; a row may stand in it more than once (mixtures).
+    images: of the stored rows that have some, the paths. Such rows are not kept in a cache.
     """
 
     ids: np.ndarray
@@ -59,6 +62,7 @@ class TokenRows(Sequence[TokenRow]):
     digest: np.ndarray
     files: tuple[str, ...]
     order: np.ndarray
+    images: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -66,7 +70,8 @@ class TokenRows(Sequence[TokenRow]):
     def __getitem__(self, index: int) -> TokenRow:  # type: ignore[override]
         stored = self.order[index]
         part = slice(self.offsets[stored], self.offsets[stored + 1])
-        return TokenRow(self.ids[part], self.learned[part], f"{self.files[self.file[stored]]}:{self.line[stored]}")
+        where = f"{self.files[self.file[stored]]}:{self.line[stored]}"
+        return TokenRow(self.ids[part], self.learned[part], where, self.images.get(int(stored), ()))
 
     def __iter__(self) -> Iterator[TokenRow]:
         return (self[index] for index in range(len(self)))
@@ -83,9 +88,41 @@ class TokenRows(Sequence[TokenRow]):
         first = self.learned[np.minimum(self.offsets[:-1], max(0, len(self.learned) - 1))]
         return (np.diff(sums[self.offsets]) - first)[self.order]
 
+    @property
+    def rows(self) -> TokenRows:
+        """Itself: what rows of other kinds are made of."""
+        return self
+
+    @property
+    def wanted(self) -> TokenRows:
+        """The rows whose answers are to be given, all of them; of pairs the chosen ones."""
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these rows, in this order, from others."""
+        return hashlib.sha256(self.digest[self.order].tobytes()).hexdigest()
+
     def select(self, indices: np.ndarray) -> TokenRows:
         """Answer the rows at these indices, in this order, over the same arrays."""
         return replace(self, order=self.order[indices])
+
+    def first(self, tokens: int) -> TokenRows:
+        """Answer the first rows, none with images, that have so many tokens together.
+
+        The last is cut, or left out where a single token of it would stay.
+        """
+        ends = np.minimum(np.cumsum(self.lengths), tokens)
+        starts = np.concatenate(([0], ends[:-1]))
+        kept = int((ends - starts >= np.minimum(2, self.lengths)).sum())
+        chosen = self.order[:kept]
+        offsets = np.concatenate(([0], ends[:kept]))
+        begins = np.repeat(self.offsets[chosen] - offsets[:-1], np.diff(offsets))
+        places = begins + np.arange(offsets[-1])
+        parts = {name: getattr(self, name)[chosen] for name in ("file", "line", "state", "digest")}
+        return replace(
+            self, ids=self.ids[places], learned=self.learned[places], offsets=offsets, order=np.arange(kept), **parts
+        )
 
     def save(self, folder: Path, notes: Any) -> None:
         """Write arrays and JSON notes to a new folder: completely, or not at all."""

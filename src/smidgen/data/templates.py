@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smidgen.data.formats import Example, Message
+from smidgen.data.images import in_parts
 from smidgen.data.messages import common_start
 from smidgen.data.metering import TemplateLimit
 from smidgen.data.sandbox import LONGEST_TEMPLATE, Sandbox
@@ -70,6 +71,7 @@ class ChatTemplate:
 
     text: the template itself, to be stored beside what was trained with it.
     origin: where it is from, in words.
+    closing: what it writes after an answer.
 
     Raises:
         DataError: the template cannot render a question and an answer, or goes beyond the bounds of the sandbox.
@@ -77,8 +79,12 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, text: str, origin: str) -> None:
         self.text, self.origin, self._special = text, origin, tokenizer.special_tokens_map
+        self._parts, self._takes_parts = False, False
         try:
             self._sandbox = Sandbox(text)
+            # Templates of models that take images may read the content of messages as a list of parts, some only so.
+            self._takes_parts = self._writes_answer(parts=True)
+            self._parts = self._takes_parts and not self._writes_answer(parts=False)
             header = self._render([_user(_QUESTION)], prompt=True)
             whole = self._render([_user(_QUESTION), {"role": "assistant", "content": _ANSWER}])
         except Exception as error:  # a template is foreign code: what it may raise is open
@@ -92,7 +98,7 @@ class ChatTemplate:
         self._opening, self._gap = (between, "") if between.strip() else ("", between)
         # What the header has beyond the start of a plain answer: '<think>' of templates that open the reasoning.
         self._header_extra = header[shared:]
-        self._closing = whole[answer + len(_ANSWER) :]
+        self.closing = whole[answer + len(_ANSWER) :]
         self.shows_calls = "tool_calls" in text
         self.takes_system = self._shows_system()
 
@@ -160,9 +166,9 @@ class ChatTemplate:
         """Where the last turn stands, when the text ends with its content and the closing that every answer gets."""
         if "tool_calls" in message:
             return None
-        content_end = len(text) - len(self._closing)
+        content_end = len(text) - len(self.closing)
         for content in _trimmings(message["content"]):
-            if text.endswith(content + self._closing):
+            if text.endswith(content + self.closing):
                 start = content_end - len(content)
                 if text.endswith(self._gap, 0, start):
                     start -= len(self._gap)
@@ -179,9 +185,9 @@ class ChatTemplate:
             start += len(self._opening)
         first = start + len(self._gap) if text.startswith(self._gap, start) else start
         for content in _trimmings(chat[turn]["content"]):
-            if text.startswith(content + self._closing, first):
+            if text.startswith(content + self.closing, first):
                 content_end = first + len(content)
-                return Span(start, content_end, content_end + len(self._closing))
+                return Span(start, content_end, content_end + len(self.closing))
         # The template writes the answer in its own way: with tool calls, without its reasoning.
         end = self._turn_end(text, start, chat, turn, tools)
         return Span(start, start, end) if end and text[start:end].strip() else None
@@ -194,8 +200,8 @@ class ChatTemplate:
         if text.startswith(through):
             return len(through)
         following = text.find(chat[turn + 1]["content"].strip(), start)
-        closing = text.find(self._closing, start, max(0, following)) if self._closing.strip() else -1
-        return closing + len(self._closing) if closing >= 0 else None
+        closing = text.find(self.closing, start, max(0, following)) if self.closing.strip() else -1
+        return closing + len(self.closing) if closing >= 0 else None
 
     def _fit(self, messages: list[Message]) -> list[Message]:
         """Put into the messages what the template would not show: a system message, tool calls."""
@@ -205,6 +211,17 @@ class ChatTemplate:
         if not self.shows_calls and any("tool_calls" in message for message in messages):
             messages = [_calls_as_text(message) for message in messages]
         return messages
+
+    def _writes_answer(self, parts: bool) -> bool:
+        """Whether content may be a text, or a list of parts: then it is not written as the list stands."""
+        chat = [_user(_QUESTION), {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = self._sandbox.render([in_parts(turn) if parts else turn for turn in chat], special=self._special)
+        except TemplateLimit:
+            raise
+        except Exception:  # a list where a text was expected may raise anything
+            return False
+        return _ANSWER in text and not ("'type'" in text or '"type"' in text)
 
     def _shows_system(self) -> bool:
         try:
@@ -227,6 +244,8 @@ class ChatTemplate:
         return answers
 
     def _render(self, chat: list[Message], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
+        if self._takes_parts:
+            chat = [in_parts(message) if self._parts or "images" in message else message for message in chat]
         return self._sandbox.render(chat, tools, prompt=prompt, special=self._special)
 
 

@@ -15,6 +15,7 @@ from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 from smidgen.data.formats import Example, Message
+from smidgen.data.images import BadImage, ImageReader
 from smidgen.data.rows import COMPLETE, ENDING_LOST, PROMPT_CUT, TEXT
 from smidgen.data.templates import ChatTemplate, Rendered, choose_template
 from smidgen.errors import DataError
@@ -23,12 +24,13 @@ CHUNK = 1000  # rows rendered and tokenised in one call
 
 
 class Piece(NamedTuple):
-    """A tokenised row: its ids, the learned ranges of tokens (first, end), its line and how much of it is left."""
+    """A tokenised row: ids, learned ranges of tokens (first, end), line, how much of it is left, paths of images."""
 
     ids: list[int]
     learned: list[tuple[int, int]]
     line: int
     state: int
+    images: tuple[str, ...] = ()
 
 
 class Left(NamedTuple):
@@ -39,6 +41,18 @@ class Left(NamedTuple):
     mistake: bool = False
 
 
+class Encoded(NamedTuple):
+    """A tokenised row with labels, or one window of a long one.
+
+    spans: of each token of the context of a question, the characters it stands for; None for all other tokens.
+    """
+
+    ids: list[int]
+    second: list[bool]
+    labels: list[int]
+    spans: list[tuple[int, int] | None]
+
+
 @dataclass
 class Cuts:
     """What became of rows longer than `max_length`, and how many answers could not be found in their rendering."""
@@ -47,6 +61,7 @@ class Cuts:
     prompt_cut: int = 0
     turns_cut: int = 0
     ending_lost: int = 0
+    end_cut: int = 0
     nothing_left: int = 0
     dropped: int = 0
     split: int = 0
@@ -123,7 +138,8 @@ class Tokeniser:
     stop_ids: the tokens that end an answer; the first of them after an answer is learned with it.
     learn_all: every token of a chat is learned, not the answers alone.
     on_long: what happens to a chat longer than `max_length` tokens: see `_shorten`. A long text is split, unless
-        `on_long` is 'drop', 'truncate' or 'error'.
+        `on_long` is 'drop', 'truncate' or 'error'. A row with images is never cut, but left out.
+    images: puts the tokens of images into their places; None: the model takes none.
     """
 
     def __init__(
@@ -135,7 +151,9 @@ class Tokeniser:
         learn_all: bool,
         max_length: int,
         on_long: str,
+        images: ImageReader | None = None,
     ) -> None:
+        self.images = images
         self.template, self.stop_ids, self.learn_all = template, stop_ids, learn_all
         self.max_length, self.on_long = max_length, on_long
         self.encoder = Encoder(tokenizer)
@@ -160,10 +178,11 @@ class Tokeniser:
         """Tokenise one chat."""
         return next(self.pieces([example]))[0]
 
-    def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
+    def prompt(self, messages: list[Message], tools: list[Any] | None = None, images: Sequence[str] = ()) -> list[int]:
         """The ids of a chat up to where its answer begins."""
         assert self.template is not None
-        return self.encoder.with_bos(self.encoder.encode([self.template.prompt(messages, tools)])[0].ids)
+        ids = self.encoder.with_bos(self.encoder.encode([self.template.prompt(messages, tools)])[0].ids)
+        return self.images.expand(ids, [], images)[0] if self.images else ids
 
     def _render(self, chunk: Sequence[Example]) -> list[Rendered | str]:
         chats = [example for example in chunk if example.text is None]
@@ -191,6 +210,8 @@ class Tokeniser:
         limit, line = self.max_length, example.line
         if len(ids) < 2:
             return [Left(line, "nothing but one token")]
+        if self.images and self.images.token_id in ids:
+            return [Left(line, f"the text holds {self.images.token}, which stands for an image", mistake=True)]
         if len(ids) > limit:
             self.cuts.long += 1
             if self.on_long in ("drop", "error"):
@@ -212,7 +233,18 @@ class Tokeniser:
         self.cuts.not_found += chat.lost
         if not learned:
             return Left(example.line, "the template rewrites its assistant turns" if chat.lost else "no assistant turn")
-        return self.fit(example, Piece(ids, learned, example.line, COMPLETE))
+        if example.images and not self.images:
+            return Left(
+                example.line,
+                "the row has images, and the model takes none, or its processor is not at hand",
+                mistake=True,
+            )
+        if self.images:
+            try:
+                ids, learned = self.images.expand(ids, learned, example.images)
+            except BadImage as problem:
+                return Left(example.line, str(problem), mistake=True)
+        return self.fit(example, Piece(ids, learned, example.line, COMPLETE, example.images))
 
     def fit(self, example: Example, piece: Piece, excess: int = 0) -> Piece | Left:
         """Bring a tokenised chat down to `max_length`; `excess`: see `_shorten`."""
@@ -220,7 +252,7 @@ class Tokeniser:
         if max(over, excess) <= 0:
             return piece
         self.cuts.long += over > 0
-        if self.on_long in ("drop", "error"):
+        if self.on_long in ("drop", "error") or example.images:
             return self._refuse(example.line, piece.ids)
         ids, learned, state = self._shorten(example, piece, max(over, excess))
         if not learned:

@@ -1,7 +1,8 @@
 """The same held-out rows answered by the base model and by the tuned one: is the gain real?
 
-Both get the same prompt. The base may also be shown solved examples first (few-shot), which is what one would try
-before any training. Rows are answered chunk by chunk and counted; nothing but the counts and a few samples is kept.
+Both get the same prompt. The base may also be told what to do in words (hard prompt), and be shown solved examples
+first (few-shot), which is what one would try before any training. Rows are answered chunk by chunk and counted; nothing
+but the counts and a few samples is kept.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from itertools import islice
 from typing import Any
 
 from smidgen.data.formats import Example, Message, convert_rows
+from smidgen.data.images import ImageReader
 from smidgen.data.read import data_files, read_rows
 from smidgen.data.tokenise import encode_prompt
 from smidgen.errors import DataError
-from smidgen.evaluation.metrics import exact_match, paired_gain, wilson
+from smidgen.evaluation.metrics import exact_match, paired_gain
 from smidgen.models.generate import generate_batch
+from smidgen.models.images import reader_of
 from smidgen.models.load import stop_token_ids
+from smidgen.proofs import wilson
 from smidgen.recipe import Source
 
 
@@ -34,9 +38,9 @@ class Sample:
 
 @dataclass
 class Comparison:
-    """Exact matches of the variants `base`, `few-shot` (if asked for) and `tuned` on the same rows.
+    """Exact matches of the variants `base`, `hard prompt` and `few-shot` (if asked for) and `tuned` on the same rows.
 
-    gained: rows that tuned has right and base (the better of both base variants on a row) has wrong; lost: the reverse.
+    gained: rows that tuned has right and base (the best of its variants on a row) has wrong; lost: the reverse.
     """
 
     rows: int = 0
@@ -62,10 +66,9 @@ class Comparison:
             f"(95 % interval {100 * low:+.0f} to {100 * high:+.0f})"
         )
         percent = {variant: f"{100 * right / self.rows:.1f} %" for variant, right in self.right.items()}
-        few_shot = f" (few-shot {percent['few-shot']})" if "few-shot" in percent else ""
-        lines.append(
-            f"exact match on {self.rows} held-out rows: base {percent['base']}{few_shot} -> tuned {percent['tuned']}"
-        )
+        more = [f"{variant} {share}" for variant, share in percent.items() if variant not in ("base", "tuned")]
+        base = f"base {percent['base']}" + (f" ({', '.join(more)})" if more else "")
+        lines.append(f"exact match on {self.rows} held-out rows: {base} -> tuned {percent['tuned']}")
         return lines
 
 
@@ -75,6 +78,7 @@ def compare(
     examples: Iterable[Example],
     *,
     few_shot: Sequence[Example] = (),
+    hard_prompt: str | None = None,
     system: str | None = None,
     batch_size: int = 64,
     samples: int = 3,
@@ -86,6 +90,7 @@ def compare(
         model: an adapted model; `model.disable_adapter()` gives the base.
         examples: chats that end with the assistant's turn, the reference.
         few_shot: solved examples that the base sees first, in a variant of its own.
+        hard_prompt: a text that stands first in the system message of a base variant of its own.
         system: the system message of chats that have none.
         batch_size: rows generated at once; also the size of a chunk.
         samples: how many rows are kept to be shown.
@@ -94,10 +99,12 @@ def compare(
     Raises:
         DataError: there is no row, or one does not end with an assistant's text.
     """
-    found = Comparison(right={"base": 0} | ({"few-shot": 0} if few_shot else {}) | {"tuned": 0})
+    asked = {"base": True, "hard prompt": hard_prompt, "few-shot": few_shot, "tuned": True}
+    found = Comparison(right={variant: 0 for variant, wanted in asked.items() if wanted})
     shots = [message for example in few_shot for message in (*_split(example)[0], example.messages[-1])]
     shots = [message for message in shots if message["role"] != "system"]
-    stops = stop_token_ids(model, tokenizer)
+    shot_images = tuple(image for example in few_shot for image in example.images)
+    reader, stops = reader_of(model), stop_token_ids(model, tokenizer)
     rows = iter(examples)
     while chunk := list(islice(rows, batch_size)):
         requests, references = map(list, zip(*map(_split, chunk), strict=True))
@@ -105,12 +112,15 @@ def compare(
         answers: dict[str, list[str]] = {}
         for variant in found.right:
             before = shots if variant == "few-shot" else []
-            prompts = [encode_prompt(_prompt(request, before, system), tokenizer) for request in requests]
+            images = [(*(shot_images if before else ()), *example.images) for example in chunk]
+            first = hard_prompt if variant == "hard prompt" else None
+            prompts = [encode_prompt(_prompt(request, before, system, first), tokenizer) for request in requests]
+            prompts = [_with_images(*row, reader) for row in zip(chunk, prompts, images, strict=True)]
             with nullcontext() if variant == "tuned" else model.disable_adapter():
                 # Some room for other white space; what is longer still cannot match.
                 room = longest + 8
                 ids = generate_batch(
-                    model, tokenizer, prompts, max_new_tokens=room, batch_size=batch_size, stop_ids=stops
+                    model, tokenizer, prompts, max_new_tokens=room, batch_size=batch_size, stop_ids=stops, images=images
                 )
             answers[variant] = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in ids]
         _count(found, requests, references, answers, samples)
@@ -141,11 +151,21 @@ def _split(example: Example) -> tuple[list[Message], str]:
     return example.messages[:-1], last["content"]
 
 
-def _prompt(request: list[Message], before: list[Message], system: str | None) -> list[Message]:
-    """Put the few-shot turns, if any, between the system message and the request."""
+def _with_images(example: Example, prompt: list[int], images: Sequence[str], reader: ImageReader | None) -> list[int]:
+    """The prompt with the tokens of its images."""
+    if reader is None and images:
+        raise DataError(f"evaluation: line {example.line}: the row has images, and the model takes none")
+    return reader.expand(prompt, [], images)[0] if reader else prompt
+
+
+def _prompt(
+    request: list[Message], before: list[Message], system: str | None, hard_prompt: str | None
+) -> list[Message]:
+    """Put the few-shot turns, if any, between the system message, which the hard prompt begins, and the request."""
     if request[0]["role"] == "system":
-        return [request[0], *before, *request[1:]]
-    return [*([{"role": "system", "content": system}] if system else []), *before, *request]
+        system, request = request[0]["content"], request[1:]
+    told = "\n".join(filter(None, (hard_prompt, system)))
+    return [*([{"role": "system", "content": told}] if told else []), *before, *request]
 
 
 def _count(

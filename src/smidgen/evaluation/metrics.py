@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import string
+from collections import Counter
 from decimal import Decimal
 from typing import Any
 
-_Z = 1.96  # two-sided 95 %
+import numpy as np
+
+from smidgen.proofs import Z
 
 
 def exact_match(answer: str, reference: str) -> bool:
@@ -28,14 +32,6 @@ def exact_match(answer: str, reference: str) -> bool:
         return False
 
 
-def wilson(right: int, rows: int) -> tuple[float, float]:
-    """Answer the 95 % interval of a share of `right` among `rows`, both ends in 0..1 (Wilson 1927)."""
-    share, spread = right / rows, _Z**2 / rows
-    middle = share + spread / 2
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
-
-
 def paired_gain(gained: int, lost: int, rows: int) -> tuple[float, float, float]:
     """Answer by how much the share of right answers grew, and the 95 % interval of that, for the same rows twice.
 
@@ -44,8 +40,52 @@ def paired_gain(gained: int, lost: int, rows: int) -> tuple[float, float, float]
     """
     up, down, all_rows = gained + 0.5, lost + 0.5, rows + 2
     middle = (up - down) / all_rows
-    half = _Z * math.sqrt(up + down - (up - down) ** 2 / all_rows) / all_rows
+    half = Z * math.sqrt(up + down - (up - down) ** 2 / all_rows) / all_rows
     return (gained - lost) / rows, max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def calibration_error(chances: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
+    """How far the certainty of answers is from how often they are right: the expected calibration error.
+
+    The mean, over all answers, of |share that is right - mean certainty| of their bin. https://arxiv.org/abs/1706.04599
+
+    Args:
+        chances: (N,) the certainty of each of two possible answers, 0.5 to 1; the bins are of equal width there.
+        right: (N,) bool.
+    """
+    places = np.minimum((2 * chances - 1) * bins, bins - 1).astype(int)
+    gaps = [abs((right[places == at] - chances[places == at]).sum()) for at in range(bins)]
+    return float(sum(gaps) / len(chances))
+
+
+def macro_f1(confusion: np.ndarray) -> float:
+    """The mean F1 of all classes that are right somewhere or answered somewhere.
+
+    Args:
+        confusion: (C, C), how often the class of the row was answered by that of the column.
+    """
+    hits, rights, answered = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    there = rights + answered > 0
+    return float((2 * hits[there] / (rights + answered)[there]).mean())
+
+
+def same_words(answer: str, reference: str) -> bool:
+    """Whether two short answers are the same but for case, punctuation and articles (SQuAD's exact match)."""
+    return _words(answer) == _words(reference)
+
+
+def word_f1(answer: str, reference: str) -> float:
+    """The F1 of the words of two short answers, counted without case, punctuation and articles (SQuAD)."""
+    found, wanted = _words(answer), _words(reference)
+    if not found or not wanted:
+        return float(found == wanted)
+    common = (Counter(found) & Counter(wanted)).total()
+    return 2 * common / (len(found) + len(wanted))
+
+
+def _words(text: str) -> list[str]:
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return [word for word in kept.split() if word not in ("a", "an", "the")]
 
 
 def _parse(text: str) -> Any:

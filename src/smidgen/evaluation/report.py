@@ -35,6 +35,18 @@ pre, dd { white-space: pre-wrap; overflow-wrap: anywhere; } pre { background: va
   padding: 12px 16px; font-size: 13px; margin: 0; }
 """
 
+# What is drawn beside the loss, where the log has it.
+WATCHED = {
+    "rewards/margins": "Reward margins",
+    "rewards/accuracies": "Reward accuracy",
+    "logps/chosen": "Log-probability of the chosen answers",
+    "general/loss": "Loss on general text that is replayed",
+    "general/kl": "KL from the base on general text, nats a token",
+    "watch/kl": "KL from the start, nats a token",
+    "watch/entropy": "Entropy, nats a token",
+    "samples/tokens": "Tokens of sampled answers",
+}
+
 
 def write_report(folder: Path) -> Path:
     """Write ``report.html`` into a run folder from its recipe, log, environment and proof; answer its path."""
@@ -64,8 +76,14 @@ def render(
         f'<p class="dim">proof {verdict}{told}</p>',
         "<h2>Proof</h2>",
         _table((_mark(check["passed"]), escape(check["text"])) for check in proof["checks"]),
-        "<h2>Loss per token</h2>",
-        loss_curve(log),
+        "<h2>Loss</h2>",
+        curve(log, "loss"),
+        *(
+            part
+            for name, title in WATCHED.items()
+            if any(name in line or f"eval_{name}" in line for line in log)
+            for part in (f"<h2>{title}</h2>", curve(log, name))
+        ),
         "<h2>Before and after</h2>",
         '<p class="dim">Greedy answers to the same prompts.</p>',
         *map(_sample, proof["samples"]),
@@ -79,19 +97,17 @@ def render(
     return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>{body}</body></html>\n'
 
 
-def loss_curve(log: Sequence[dict[str, float]]) -> str:
-    """The training and the held-out loss over the steps, as SVG."""
-    curves = {
-        "train": [(line["step"], line["loss"]) for line in log if "loss" in line],
-        "held": [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line],
-    }
-    points = [point for curve in curves.values() for point in curve]
+def curve(log: Sequence[dict[str, float]], name: str) -> str:
+    """What the log says under a name, in training and of the held-out rows, over the steps, as SVG."""
+    keys = {"train": name, "held": f"eval_{name}"}
+    curves = {kind: [(line["step"], line[key]) for line in log if key in line] for kind, key in keys.items()}
+    points = [point for along in curves.values() for point in along]
     if not points:
         return '<p class="dim">No step was logged.</p>'
     most = max(step for step, _ in points)
     low, high = min(loss for _, loss in points), max(loss for _, loss in points)
     room = 0.05 * (high - low) or 0.5
-    low, high = max(0.0, low - room), high + room
+    low, high = low - room if low < 0 else max(0.0, low - room), high + room
 
     def x(step: float) -> float:
         return LEFT + step / most * (WIDTH - LEFT - RIGHT)
@@ -105,12 +121,14 @@ def loss_curve(log: Sequence[dict[str, float]]) -> str:
         marks.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(loss):.1f}" y2="{y(loss):.1f}"/>')
         marks.append(f'<text x="{LEFT - 8}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.2f}</text>')
         marks.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{step:.0f}</text>')
-    for name, curve in curves.items():
-        line = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in curve)
-        marks.append(f'<polyline class="{name}" points="{line}"/>')
-        dots = curve if name == "held" or len(curve) == 1 else []
-        marks += [f'<circle class="{name}" cx="{x(step):.1f}" cy="{y(loss):.1f}" r="3"/>' for step, loss in dots]
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss over steps">{"".join(marks)}</svg>'
+    for kind, along in curves.items():
+        line = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in along)
+        marks.append(f'<polyline class="{kind}" points="{line}"/>')
+        dots = along if kind == "held" or len(along) == 1 else []
+        marks += [f'<circle class="{kind}" cx="{x(step):.1f}" cy="{y(loss):.1f}" r="3"/>' for step, loss in dots]
+    svg = (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)} over steps">{"".join(marks)}</svg>'
+    )
     legend = '<span style="color:var(--train)">training</span>'
     if curves["held"]:
         legend += ' · <span style="color:var(--held)">held out</span>'

@@ -16,18 +16,20 @@ import numpy as np
 import torch
 
 from smidgen.adapters.attach import weight_changes
-from smidgen.adapters.files import adapter_state_dict, read_adapter
+from smidgen.adapters.files import adapter_state_dict, read_adapter, saved_labels
 from smidgen.data.conversations import CONVERSATIONS, conversation_ids
 from smidgen.errors import AdapterFileError, MergeError, UsageError
 from smidgen.export.merge import BOUNDS, Probe
 from smidgen.foreign import read_object
-from smidgen.models.fingerprint import fingerprint, same_base
+from smidgen.models.fingerprint import fingerprint, is_base_of
+from smidgen.models.images import image_inputs
 from smidgen.models.load import free_memory, load_as, load_model, load_tokenizer
 from smidgen.models.open import Place, find
 from smidgen.models.peft_model import PeftModel
 from smidgen.models.quantize import parameter_count
 from smidgen.models.resolve import resolve_model
-from smidgen.models.scores import row_losses, vocabulary_size
+from smidgen.models.scores import vocabulary_size
+from smidgen.models.tasks import is_scalar, labels_of, names_labels, recorded_batch, recorded_losses, task_logits
 from smidgen.proofs import RECORD_NAME, Check
 
 LOSS_TOLERANCE = 1e-5
@@ -61,7 +63,10 @@ def _record(run: Path) -> dict[str, Any]:
         raise UsageError(
             f"{run}: holds no {RECORD_NAME}, so there is nothing to verify; name the folder of a finished run"
         )
-    return read_object(path, UsageError)
+    record = read_object(path, UsageError)
+    if "rows" not in record:
+        raise UsageError(f"{run}: is a merged model; verify the run that it came from (smidgen lineage {run})")
+    return record
 
 
 @contextmanager
@@ -80,19 +85,23 @@ def _adapter_checks(place: Place, record: dict[str, Any], say: Callable[[str], N
     folder = place.adapter
     device = torch.device(record["device"])
     how = load_as(place.recipe, record["dtype"], device)
-    model, _ = load_model(resolve_model(place.base), **how, device=device, say=say)
-    yield _base_check(fingerprint(model), folder)
-    known = [row["ids"] for row in record["rows"] if max(row["ids"]) < vocabulary_size(model)]
-    before = _logits(model, known)
+    labels = saved_labels(folder)
+    model, _ = load_model(resolve_model(place.base), **how, labels=labels, device=device, say=say)
+    yield _base_check(model, folder)
+    known = [row for row in record["rows"] if max(row["ids"]) < vocabulary_size(model)]
+    before = _logits(model, known, record["task"])
     try:
         adapted = PeftModel.from_pretrained(model, folder, force=True)
     except AdapterFileError as error:
         yield Check("keys", False, str(error), {})
         return
     yield _keys_check(adapted, record)
-    yield _acting_check(adapted)
+    yield _acting_check(adapted, before, known, record["task"])
     with adapted.disable_adapter():
-        same = all(torch.equal(a, b[..., : a.shape[-1]]) for a, b in zip(before, _logits(adapted, known), strict=True))
+        same = all(
+            torch.equal(a, b[..., : a.shape[-1]])
+            for a, b in zip(before, _logits(adapted, known, record["task"]), strict=True)
+        )
     text = f"adapter off: logits of {len(known)} rows {'equal the base to the bit' if same else 'differ from the base'}"
     yield Check("off", same, text, {"rows": len(known)})
     yield _reload_check(adapted, record)
@@ -119,9 +128,10 @@ def _model_checks(place: Place, base: str, record: dict[str, Any], say: Callable
 # ---- one claim each ----
 
 
-def _base_check(here: str, folder: Path) -> Check:
-    trained_on = read_adapter(folder)[1].get("base_fingerprint", "")
-    passed = same_base(here, trained_on)
+def _base_check(model: Any, folder: Path) -> Check:
+    metadata, here = read_adapter(folder)[1], fingerprint(model)
+    trained_on = metadata.get("base_fingerprint", "")
+    passed = bool(trained_on) and is_base_of(model, metadata)
     text = f"base: fingerprint {here[:12]}, " + (
         "the one it was trained on" if passed else f"but it was trained on {trained_on[:12] or 'an unnamed one'}"
     )
@@ -138,8 +148,14 @@ def _keys_check(adapted: Any, record: dict[str, Any]) -> Check:
     return Check("keys", passed, text, {"tensors": len(tensors), "trained": record["tensors"], "not_finite": bad})
 
 
-def _acting_check(adapted: Any) -> Check:
+def _acting_check(adapted: Any, before: list[torch.Tensor], rows: list[dict[str, Any]], task: str) -> Check:
     changes = dict(weight_changes(adapted))
+    if not changes:  # of a method that is no function of the weight: what it changes is the answer
+        logits = (
+            tensor[..., : base.shape[-1]] for tensor, base in zip(_logits(adapted, rows, task), before, strict=True)
+        )
+        change = max((a - b).abs().max().item() for a, b in zip(logits, before, strict=True))
+        return Check("acts", change > 0, f"adapter changes logits by up to {change:.1e}", {"logits": change})
     still = [path for path, ratio in changes.items() if not ratio]
     median = float(np.median(list(changes.values()))) if changes else 0.0
     text = f"adapter acts on {len(changes) - len(still)}/{len(changes)} weights, ||dW||/||W|| median {median:.1e}"
@@ -149,10 +165,10 @@ def _acting_check(adapted: Any) -> Check:
 
 def _reload_check(model: Any, record: dict[str, Any]) -> Check:
     expected = [row["loss"] for row in record["rows"]]
-    found = row_losses(model, [(row["ids"], row["supervised"]) for row in record["rows"]])
+    found = recorded_losses(model, record["rows"], record["task"])
     worst = max(abs(a - b) for a, b in zip(expected, found, strict=True))
     same = "equal to the bit" if expected == found else f"largest difference {worst:.1e}"
-    text = f"reload: loss of {len(found)} rows {same}"
+    text = f"reload: {'score' if is_scalar(model) else 'loss'} of {len(found)} rows {same}"
     return Check("reload", worst <= LOSS_TOLERANCE, text, {"trained": expected, "fresh": found, "difference": worst})
 
 
@@ -163,6 +179,8 @@ def _chat_checks(folder: Path, tokenizer: Any, record: dict[str, Any]) -> Iterat
     if wrong:
         text += f"; {wrong[0][0]}: {_first_difference(*wrong[0][1:])}"
     yield Check("template", not wrong, text, {"conversations": len(found), "different": [name for name, *_ in wrong]})
+    if not record["stop_tokens"]:
+        return
     declared = read_object(folder / "generation_config.json", UsageError).get("eos_token_id")
     stops = declared if isinstance(declared, list) else [declared]
     missing = [token for token in record["stop_tokens"] if token not in stops]
@@ -196,7 +214,9 @@ def _merge_check(adapted: Any, tokenizer: Any) -> Check:
 
 def _tuned_check(model: Any, base: str, record: dict[str, Any], say: Callable[[str], None]) -> Check:
     """Exactly the tensors that were trained differ from the base's."""
-    original, _ = load_model(resolve_model(base), record["dtype"], device=torch.device("cpu"), say=say)
+    labels = labels_of(model) if names_labels(model.config) else ()
+    how: Any = {"task": record["task"], "labels": labels, "device": torch.device("cpu"), "say": say}
+    original, _ = load_model(resolve_model(base), record["dtype"], **how)
     others = dict(original.named_parameters())
     moved = {name for name, p in model.named_parameters() if not torch.equal(p.cpu(), others[name])}
     trained = set(record["trained"])
@@ -208,5 +228,10 @@ def _tuned_check(model: Any, base: str, record: dict[str, Any], say: Callable[[s
 
 
 @torch.no_grad()
-def _logits(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
-    return [model(torch.tensor([ids], device=model.device)).logits.cpu() for ids in rows]
+def _logits(model: Any, rows: list[dict[str, Any]], task: str) -> list[torch.Tensor]:
+    """The logits of recorded rows, with their images."""
+    if task != "causal_lm":
+        return [task_logits(model, recorded_batch(row).to(model.device), task).cpu() for row in rows]
+    inputs = [image_inputs(model, row["images"]) if row.get("images") else {} for row in rows]
+    ids = [torch.tensor([row["ids"]], device=model.device) for row in rows]
+    return [model(tokens, **others).logits.cpu() for tokens, others in zip(ids, inputs, strict=True)]

@@ -157,7 +157,8 @@ class FusedBlock:
             return self.own(self.layer, hidden_states, *args, **kwargs)
         frugal = self.layer.training and getattr(self.layer, "gradient_checkpointing", False)
         cos, sin = (self._angles(table, hidden_states) for table in kwargs["position_embeddings"])
-        where = Where(kwargs["attention_mask"].offsets, cos, sin)
+        segments = kwargs["attention_mask"]
+        where = Where(segments.offsets, cos, sin, segments.spread, segments.kept)
         between = add_attention(x, parts[0], where)
         return add_feed_forward(between, parts[1], frugal)
 

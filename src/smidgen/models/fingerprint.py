@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ _SAMPLES = 4  # values of each tensor that the fingerprint itself holds
 _EQUAL_SHARE = 0.9  # of the samples that the same weights keep when they come by way of float16
 
 
-def fingerprint(model: nn.Module, rows: Mapping[str, int] | None = None) -> str:
+def fingerprint(model: nn.Module, rows: Mapping[str, int] | None = None, without: Collection[str] = ()) -> str:
     """Answer what tells base models apart: a hash of the structure, a hash of weights, and samples of the weights.
 
     The structure is the kind of model, its head counts, and the name and shape of each parameter. Of each parameter 96
@@ -31,6 +32,7 @@ def fingerprint(model: nn.Module, rows: Mapping[str, int] | None = None) -> str:
 
     Args:
         rows: how many first rows of a layer of the vocabulary count, by its path; None: those of the base.
+        without: the paths of modules that do not count.
     """
     layers = vocabulary_layers(model)
     if rows is None:
@@ -41,9 +43,11 @@ def fingerprint(model: nn.Module, rows: Mapping[str, int] | None = None) -> str:
     structure = hashlib.sha256(repr([getattr(config, field, None) for field in fields]).encode())
     blocks, samples = [], []
     found: list[tuple[str, torch.Tensor, tuple[int, ...], bool]]
+    starts = tuple(f"{path}." for path in without)
     found = [(name, p, tuple(p.shape), True) for name, p in model.named_parameters() if not in_adapter(name)]
     for path, layer in quantized_layers(model):
         found.append((f"{path}.weight", layer.codes, (layer.out_features, layer.in_features), False))
+    found = [entry for entry in found if not entry[0].startswith(starts)]
     for name, tensor, shape, known in sorted(found, key=lambda entry: entry[0]):
         if id(tensor) in counted:
             tensor = tensor[: counted[id(tensor)]]
@@ -56,6 +60,22 @@ def fingerprint(model: nn.Module, rows: Mapping[str, int] | None = None) -> str:
         samples.append(sample if known else torch.full_like(sample, math.nan))
     weights = hashlib.sha256(_bytes(blocks)).hexdigest()
     return f"{weights[:16]}-{structure.hexdigest()[:16]}-{_bytes(samples).hex()}"
+
+
+def is_base_of(model: nn.Module, metadata: Mapping[str, Any]) -> bool:
+    """Whether a model is the base that the metadata of an adapter's file names; true where they name none.
+
+    A base that was stored anew has to be the same to the bit. Rows and modules that the adapter replaces may be others:
+    what it answers does not depend on them.
+    """
+    trained_on = metadata.get("base_fingerprint")
+    here = fingerprint(model)
+    if trained_on is None or (same_base(here, trained_on) and (here == trained_on or not metadata.get("stored_anew"))):
+        return True
+    if "untouched_fingerprint" not in metadata:
+        return False
+    here = fingerprint(model, metadata["untouched_rows"], metadata.get("replaced_modules", ()))
+    return same_base(here, metadata["untouched_fingerprint"])
 
 
 def same_base(one: str, other: str) -> bool:

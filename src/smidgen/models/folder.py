@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from smidgen.data.sandbox import LONGEST_TEMPLATE
 from smidgen.errors import ModelError
 from smidgen.foreign import PICKLES, contained, read_object, read_text, shown
+from smidgen.models.images import model_class
 from smidgen.models.resolve import pickle_refused
 from smidgen.safetensors_header import Tensor, read_header
 
@@ -33,8 +34,8 @@ _LARGEST_SIZE = 2**22
 _MOST_EXPERTS = 2**12
 
 
-def check_model_folder(folder: Path) -> dict[str, Tensor]:
-    """Check a model's folder; answer what its weights are, by their names in the files.
+def check_model_folder(folder: Path, auto: Any = AutoModelForCausalLM) -> dict[str, Tensor]:
+    """Check a model's folder, whose model `auto` will make; answer what its weights are, by their names in the files.
 
     Raises:
         ModelError: a file is damaged, leads out of the folder, asks for code, or claims more than the weights hold.
@@ -47,7 +48,7 @@ def check_model_folder(folder: Path) -> dict[str, Tensor]:
     tensors = read_weights(folder)
     held = _PACKED * sum(tensor.bytes for tensor in tensors.values())
     _check_sizes(folder / "config.json", documents["config.json"], min(_MOST_LAYERS, len(tensors)), held, held)
-    _check_claim(folder, tensors)
+    _check_claim(folder, tensors, auto)
     return tensors
 
 
@@ -108,6 +109,21 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: a file is missing, no safetensors file, or does not lie in the folder.
     """
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        here, _ = read_header(path, ModelError)
+        if twice := sorted(here.keys() & tensors.keys()):
+            raise ModelError(f"{path}: the tensor '{shown(twice[0])}' is in another file too")
+        tensors |= here
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Answer the safetensors files that hold the model of a folder.
+
+    Raises:
+        ModelError: there is none, or one does not lie in the folder.
+    """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
         names = ["model.safetensors"]
@@ -118,13 +134,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise (
             pickle_refused(folder / pickles[0]) if pickles else ModelError(f"{folder}: no model.safetensors file in it")
         )
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        here, _ = read_header(contained(folder, name, ModelError), ModelError)
-        if twice := sorted(here.keys() & tensors.keys()):
-            raise ModelError(f"{folder / name}: the tensor '{shown(twice[0])}' is in another file too")
-        tensors |= here
-    return tensors
+    return [contained(folder, name, ModelError) for name in names]
 
 
 def _shards(index: Path) -> list[str]:
@@ -169,20 +179,30 @@ def _check_sizes(path: Path, config: dict[str, Any], layers: int, size: int, exp
             raise ModelError(f"{path}: {shown(field)} is {value:,}, more than such weights can hold ({most:,})")
 
 
-def _check_claim(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _check_claim(folder: Path, tensors: dict[str, Tensor], auto: Any) -> None:
     """Build the model without memory, and see that it is not larger than the weights."""
     try:
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            made_by = model_class(config) if auto is AutoModelForCausalLM else auto
+            model = made_by.from_config(config, trust_remote_code=False)
     except Exception as error:  # what a foreign configuration raises is open
-        raise ModelError(f"{folder}: cannot be loaded as a causal language model: {shown(error)}") from None
+        raise ModelError(f"{folder}: cannot be loaded as {kind_told(auto)}: {shown(error)}") from None
     claimed = sum(parameter.numel() for parameter in model.parameters())
     held = _PACKED * sum(tensor.bytes for tensor in tensors.values())
     if claimed > held:
         raise ModelError(
             f"{folder}: config.json describes a model of {claimed:,} numbers, the weights hold {held:,} at most"
         )
+
+
+def kind_told(auto: Any) -> str:
+    """What an Auto class of transformers makes, in words."""
+    return (
+        "a causal language model"
+        if auto is AutoModelForCausalLM
+        else auto.__name__.replace("AutoModelFor", "a model for ")
+    )
 
 
 def _fields(value: Any) -> Iterator[tuple[str, Any]]:

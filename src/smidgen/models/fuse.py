@@ -247,7 +247,9 @@ def _take_over_head(model: Any) -> None:
     cap, scale = getattr(config, "final_logit_softcapping", None), getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     try:
-        if model.get_decoder() is model:
+        # Around an adapter of the whole model no loss is taken so, and a trial would read past the faked answer: an
+        # IndexError on a CPU, the end of all computing on a GPU.
+        if model.get_decoder() is model or hasattr(model, "adapters"):
             return
         expected = _scored(model)
         vars(model)[HEAD] = Head(cap, scale or (1 / divisor if divisor else 1.0))

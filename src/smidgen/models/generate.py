@@ -6,7 +6,7 @@ Shapes: B rows, T tokens. Prompts come as token ids, rendered and tokenised by t
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from smidgen.models.images import image_inputs
 from smidgen.models.load import stop_token_ids
 
 
@@ -33,11 +34,13 @@ def generate_batch(
     temperature: float = 1.0,
     top_p: float = 1.0,
     stop_ids: set[int] | None = None,
+    images: Sequence[Sequence[str]] | None = None,
 ) -> list[list[int]]:
     """Answer for each prompt the new token ids, up to and without the first stop token, in the order of `prompts`.
 
     Prompts are computed `batch_size` at a time, like lengths together, padded on the left. `stop_ids` is
-    `stop_token_ids` where not given. Greedy unless `do_sample`.
+    `stop_token_ids` where not given. Greedy unless `do_sample`. `images` are the paths of each prompt's images, whose
+    tokens stand in the prompts.
     """
     stops = stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids
     config = _config(tokenizer, stops, max_new_tokens, do_sample, temperature, top_p)
@@ -47,6 +50,8 @@ def generate_batch(
         rows = order[start : start + batch_size]
         with _evaluating(model):
             inputs = _left_padded([prompts[row] for row in rows], config.pad_token_id, model.device)
+            if paths := [path for row in rows for path in images[row]] if images else []:
+                inputs |= image_inputs(model, paths)
             output = model.generate(**inputs, generation_config=config)
         for row, ids in zip(rows, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             end = next((place for place, token in enumerate(ids) if token in stops), len(ids))

@@ -1,9 +1,9 @@
-"""Loads a causal language model and its tokenizer from a local folder, and tells what the machine makes of it."""
+"""Loads a model and its tokenizer from a local folder, and tells what the machine makes of it."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,36 +13,38 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from smidgen.data.sandbox import Sandbox
-from smidgen.data.templates import own_template
+from smidgen.adapters.config import PeftConfig, TaskType
+from smidgen.adapters.files import saved_labels
+from smidgen.data.templates import choose_template
 from smidgen.errors import ModelError
 from smidgen.foreign import shown
-from smidgen.models.folder import check_documents, check_model_folder
+from smidgen.models.folder import check_documents, check_model_folder, kind_told
+from smidgen.models.images import load_reader, model_class, model_classes
 from smidgen.models.mapped import own_memory
 from smidgen.models.peft_model import PeftModel
 from smidgen.models.quantize import QuantizationConfig, kind_of, quantization_config, quantized_layers, unpack
+from smidgen.models.tasks import AUTO_CLASSES, label_fields, remember_new_heads, task_of_config
 from smidgen.models.tokens import check_tokens, take_tokens
 from smidgen.models.vocabulary import vocabulary_of
 from smidgen.quant import bits
 from smidgen.recipe import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_END_OF_TURN = "smidgen-end-of-turn"
 
 
 def load_model(
     path: Path,
     dtype: str = "auto",
     *,
+    task: str | None = None,
+    labels: Sequence[str] = (),
     quantization_config: BitsAndBytesConfig | None = None,
     device: torch.device | None = None,
     say: Callable[[str], None] = print,
@@ -52,6 +54,9 @@ def load_model(
     Args:
         path: a Hugging Face folder with safetensors weights, as `resolve_model` answers it.
         dtype: "auto", "float32", "bfloat16" or "float16"; "auto" is `choose_dtype`.
+        task: what the model is made to do, a name of `TaskType`; None: what its configuration says. A head that the
+            files do not hold is made anew (`models.tasks.new_heads`).
+        labels: the names of the classes; none: those of the configuration.
         quantization_config: store the linear layers in 4 or 8 bits; each is quantised before the next is read. Files
             that hold them so already are loaded as they are. With it, "auto" is its compute dtype.
         device: where the model goes; None is `best_device`.
@@ -60,7 +65,9 @@ def load_model(
     Raises:
         ModelError: the folder is no model, its architecture needs code of its own, or weights are missing in its files.
     """
-    check_model_folder(path)
+    kind = TaskType(task.upper()) if task else task_of_config(check_documents(path).get("config.json", {}))
+    auto = AUTO_CLASSES[kind]
+    check_model_folder(path, auto)
     device = device or best_device()
     if quantization_config is not None and dtype == "auto":
         dtype = str(quantization_config.bnb_4bit_compute_dtype).removeprefix("torch.")
@@ -69,9 +76,10 @@ def load_model(
     say(f"device: {place}; dtype: {str(chosen).removeprefix('torch.')} ({reason}), adapters float32")
     try:
         with quiet():
-            kind, source = _source(path, quantization_config, chosen)
-            loaded: Any = kind.from_pretrained(
+            made_by, source = _source(path, auto, labels, quantization_config, chosen)
+            loaded: Any = made_by.from_pretrained(
                 **source,
+                ignore_mismatched_sizes=bool(labels),
                 dtype=chosen,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -82,9 +90,14 @@ def load_model(
     except ModelError:
         raise
     except Exception as error:  # what foreign files raise in other libraries is open
-        raise ModelError(f"{path}: cannot be loaded as a causal language model: {shown(error)}") from error
+        raise ModelError(f"{path}: cannot be loaded as {kind_told(auto)}: {shown(error)}") from error
     model, report = loaded
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    with quiet():
+        load_reader(path, model, tokenizer, say)
+    absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if kind not in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
+        absent = remember_new_heads(model, absent)
+        model.config.pad_token_id = tokenizer.pad_token_id  # models that read the last token skip the padding by it
     if absent:
         raise ModelError(f"{path}: {len(absent)} weights are missing or have another shape: {', '.join(absent[:5])}")
     if report["unexpected_keys"]:
@@ -96,17 +109,22 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-def _source(path: Path, wanted: BitsAndBytesConfig | None, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def _source(
+    path: Path, auto: Any, labels: Sequence[str], wanted: BitsAndBytesConfig | None, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
     """The class that loads a model, and where from: its folder, or what the folder holds in 4 or 8 bits.
 
     Raises:
         ModelError: the files hold weights that are stored in a way that is not read here, or not as it is wanted.
     """
     config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    config.update(label_fields(labels))
+    generates = auto is AUTO_CLASSES[TaskType.CAUSAL_LM]
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         how = {} if wanted is None else {"quantization_config": QuantizationConfig(wanted, dtype)}
-        return AutoModelForCausalLM, {"pretrained_model_name_or_path": path, **how}
+        made_by = model_class(config) if generates else auto
+        return made_by, {"pretrained_model_name_or_path": path, "config": config, **how}
     if stored.get("quant_method") != "bitsandbytes":
         raise ModelError(f"{path}: its weights are quantised by '{shown(stored.get('quant_method'))}', not read here")
     described: Any = BitsAndBytesConfig.from_dict(stored)
@@ -118,7 +136,8 @@ def _source(path: Path, wanted: BitsAndBytesConfig | None, dtype: torch.dtype) -
         tensors |= load_file(file)
     packed, rest = unpack(tensors, dtype)
     how = {"quantization_config": QuantizationConfig(described, dtype, packed), "state_dict": rest}
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], {"pretrained_model_name_or_path": None, "config": config, **how}
+    classes = model_classes(config) if generates else auto._model_mapping
+    return classes[type(config)], {"pretrained_model_name_or_path": None, "config": config, **how}
 
 
 def _quantized_line(model: Any) -> str:
@@ -131,11 +150,13 @@ def _quantized_line(model: Any) -> str:
 
 def load_as(recipe: Recipe | None, dtype: str, device: torch.device | None = None) -> dict[str, Any]:
     """How a recipe's base is to be loaded: arguments of `load_model`."""
-    if recipe is None or recipe.quantize is None:
+    if recipe is None:
         return {"dtype": dtype}
+    if recipe.quantize is None:
+        return {"dtype": dtype, "task": recipe.model_task}
     chosen, _ = choose_dtype(dtype, device or best_device())
     config = quantization_config(recipe.quantize, recipe.double_quantization, chosen)
-    return {"dtype": str(chosen).removeprefix("torch."), "quantization_config": config}
+    return {"dtype": str(chosen).removeprefix("torch."), "task": recipe.model_task, "quantization_config": config}
 
 
 def load_adapted(
@@ -143,6 +164,7 @@ def load_adapted(
     base: Path,
     dtype: str = "auto",
     *,
+    task: str | None = None,
     quantization_config: BitsAndBytesConfig | None = None,
     device: torch.device | None = None,
     force: bool = False,
@@ -151,13 +173,23 @@ def load_adapted(
     """Load the model in `base`, attach the adapter in `folder`, and answer it with the tokenizer of that folder.
 
     That tokenizer has the chat template of the training; where the folder holds none, the base's tokenizer serves.
+    `task` is the adapter's own where it is not given.
     `force` loads an adapter onto another base than it was trained on.
 
     Raises:
         ModelError: as `load_model`.
         AdapterFileError: the adapter's files do not fit the model.
     """
-    model, tokenizer = load_model(base, dtype, quantization_config=quantization_config, device=device, say=say)
+    task = task or PeftConfig.from_pretrained(folder).task_type
+    model, tokenizer = load_model(
+        base,
+        dtype,
+        task=task,
+        labels=saved_labels(folder),
+        quantization_config=quantization_config,
+        device=device,
+        say=say,
+    )
     adapted = PeftModel.from_pretrained(model, folder, force=force)
     tokens = vocabulary_of(adapted).tokens
     check_tokens(tokenizer, tokens, str(folder))
@@ -215,9 +247,7 @@ def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -
     end: Any = tokenizer.eos_token_id
     stops = {end, *(declared if isinstance(declared, list) else [declared])}
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _END_OF_TURN}]
-        text = Sandbox(own_template(tokenizer)).render(turns, special=tokenizer.special_tokens_map)
-        after = tokenizer.encode(text.rpartition(_END_OF_TURN)[2].strip(), add_special_tokens=False)
+        after = tokenizer.encode(choose_template(tokenizer, None, "").closing.strip(), add_special_tokens=False)
         added = tokenizer.added_tokens_decoder
         if len(after) == 1 and after[0] in added and added[after[0]].special:
             stops.add(after[0])

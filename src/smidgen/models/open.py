@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smidgen.adapters.config import CONFIG_NAME
+from smidgen.adapters.config import CONFIG_NAME, PeftConfig, TaskType
 from smidgen.errors import UsageError
 from smidgen.foreign import contained, read_object
+from smidgen.models.folder import check_documents
 from smidgen.models.load import load_adapted, load_as, load_model
 from smidgen.models.resolve import resolve_model
+from smidgen.models.tasks import task_of_config
 from smidgen.recipe import Recipe, load_recipe
 
 
@@ -28,6 +30,16 @@ class Place:
     adapter: Path | None
     base: str
     recipe: Recipe | None
+
+    @property
+    def task(self) -> str:
+        """What the model does: what the recipe, else the adapter, else the configuration in the model's folder says."""
+        if self.recipe:
+            return self.recipe.model_task
+        if self.adapter:
+            task = PeftConfig.from_pretrained(self.adapter).task_type
+            return (task or TaskType.CAUSAL_LM).lower()
+        return task_of_config(check_documents(Path(self.base)).get("config.json", {})).lower()
 
 
 def find(name: str | Path, base: str | None = None) -> Place:
@@ -78,5 +90,5 @@ def open_model(
     dtype = dtype or (place.recipe.train.dtype if place.recipe else "auto")
     base = resolve_model(place.base)
     if place.adapter is None:
-        return load_model(base, dtype, say=say)
+        return load_model(base, dtype, task=place.recipe.model_task if place.recipe else None, say=say)
     return load_adapted(place.adapter, base, **load_as(place.recipe, dtype), force=force, say=say)

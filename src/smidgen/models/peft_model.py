@@ -1,4 +1,4 @@
-"""The names people type: `get_peft_model`, `PeftModel`, the Auto classes, and what an adapted model can do.
+"""The names people type: `get_peft_model`, `PeftModel`, and what an adapted model can do.
 
 `get_peft_model` answers the same object, adapted in place: it is still a ``LlamaForCausalLM`` with `generate` and has
 the methods of `AdaptedModel` on top. Where transformers has a method of the same name, the signature here is peft's.
@@ -6,24 +6,27 @@ the methods of `AdaptedModel` on top. Where transformers has a method of the sam
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
+from transformers import DynamicCache
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from smidgen.adapters import attach
-from smidgen.adapters.attach import BASE, MadeInPlace, State, class_with, class_without
+from smidgen.adapters.attach import MadeInPlace, State, class_with, class_without
 from smidgen.adapters.base import Adapter, in_adapter
+from smidgen.adapters.combine import Combination, combine
 from smidgen.adapters.config import PeftConfig
+from smidgen.adapters.expert_layouts import fuse_experts
+from smidgen.adapters.experts import untouched
 from smidgen.adapters.files import (
     HUB_OPTIONS,
     KEY_PREFIX,
@@ -35,57 +38,29 @@ from smidgen.adapters.files import (
     read_adapter,
     save_adapter,
 )
-from smidgen.errors import AdapterFileError, UsageError, did_you_mean
-from smidgen.models.fingerprint import fingerprint, same_base
+from smidgen.adapters.hub import as_keys, fusion_keys
+from smidgen.adapters.init.taken import as_plain, changes_base, check_told, fields_of
+from smidgen.adapters.methods.lora import LoraConfig
+from smidgen.adapters.trained import Mirror, TokenRows
+from smidgen.errors import AdapterFileError, MergeError, UsageError
+from smidgen.models.composed import Composed
+from smidgen.models.fingerprint import fingerprint, is_base_of
 from smidgen.models.quantize import parameter_count, take_over_bitsandbytes, unquantize
+from smidgen.models.tasks import (
+    check_heads,
+    label_fields,
+    labels_of,
+    names_labels,
+    new_heads,
+    replaced_modules,
+)
 from smidgen.models.vocabulary import give_back, row_count, settle, untouched_rows, vocabulary_of
 from smidgen.models.vocabulary_files import fit_vocabulary, metadata_of
 from smidgen.registry import METHODS
 
-# The mixin is made into a class only together with a model's own, whose methods it calls.
-_Model = transformers.PreTrainedModel if TYPE_CHECKING else object
 
-
-class AdaptedModel(MadeInPlace, _Model):
+class AdaptedModel(Composed, MadeInPlace):
     """Put in front of the class of a model that has adapters; a mixin, never made by itself."""
-
-    _adapters: State
-
-    # --- calls ---------------------------------------------------------------------------------------------------
-
-    def __call__(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """Call the model; `adapter_names` gives each row of the batch its own adapter ("__base__": none)."""
-        with self._rows(adapter_names):
-            return super().__call__(*args, **kwargs)
-
-    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """As transformers' `generate`; `adapter_names` as in a call."""
-        if adapter_names is not None and kwargs.get("num_beams", 1) > 1:
-            raise UsageError("adapter_names: rows with their own adapters cannot be combined with beam search")
-        with self._rows(adapter_names):
-            return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-
-    @contextmanager
-    def _rows(self, names: list[str] | None) -> Iterator[None]:
-        state = self._adapters
-        if names is None:
-            yield
-            return
-        self._check_names([name for name in names if name != BASE])
-        if getattr(self, "is_gradient_checkpointing", False) and self.training and torch.is_grad_enabled():
-            raise UsageError("adapter_names: not together with gradient checkpointing, which calls layers again later")
-        if attach.merged_names(self):
-            raise UsageError("adapter_names: adapters are merged into the weights; call unmerge_adapter() first")
-        whole = {
-            type(a).__name__ for name in set(names) - {BASE} for _, a in attach.adapters_of(self, name) if not a.per_row
-        }
-        if whole:
-            raise UsageError(f"adapter_names: {', '.join(sorted(whole))} works on a whole batch, not row by row")
-        before, state.rows = state.rows, list(names)
-        try:
-            yield
-        finally:
-            state.rows = before
 
     # --- what there is --------------------------------------------------------------------------------------------
 
@@ -113,10 +88,32 @@ class AdaptedModel(MadeInPlace, _Model):
         return sum(p.numel() for p in self.parameters() if p.requires_grad), parameter_count(self)
 
     def print_trainable_parameters(self) -> None:
-        """Print how much of the model is trained, in one line."""
+        """Print how much of the model is trained, in one line; of a mixture also which experts are left out."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+        if left := untouched(self, self.active_adapters):
+            print(left)
+
+    # --- what adapters ask of the model ---------------------------------------------------------------------------
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache for the keys and values of the model's layers."""
+        return DynamicCache(config=self.config)
+
+    def token_ids(self, text: str, tokenizer: str) -> list[int]:
+        """The ids of a text's tokens, by the tokenizer of a model's folder (or id), without special tokens.
+
+        Raises:
+            UsageError: there is no such tokenizer, or the text has no token.
+        """
+        from smidgen.models.load import load_tokenizer  # it imports this module
+        from smidgen.models.resolve import resolve_model
+
+        ids = load_tokenizer(resolve_model(tokenizer))(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise UsageError(f"the text {text!r} has no token")
+        return list(ids)
 
     # --- adding, choosing, removing -------------------------------------------------------------------------------
 
@@ -139,14 +136,41 @@ class AdaptedModel(MadeInPlace, _Model):
         """
         if not isinstance(peft_config, PeftConfig) and hasattr(adapter_name, "to_dict"):
             raise UsageError("add_adapter takes the name first, then the configuration: add_adapter(name, config)")
-        method = _method_of(peft_config)
-        places = list(method.plan(self, peft_config))
-        attach.attach(self, self._adapters, adapter_name, places, method, peft_config)
+        method = method_of(peft_config)
+        with self._all_or_none():
+            self._take_in(peft_config)
+            places = list(method.plan(self, peft_config))
+            attach.attach(self, self._adapters, adapter_name, places, method, peft_config)
         if not autocast_adapter_dtype:
             for _, adapter in attach.adapters_of(self, adapter_name):
                 adapter.to(self.dtype)
         peft_config.base_model_name_or_path = peft_config.base_model_name_or_path or _base_name(self)
         self._set_trainable(adapter_name, False)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Attach a weighted combination of LoRA adapters as another one; see `adapters.combine.Combination`.
+
+        It does not answer before `set_adapter`. Its factors hold the weights and scales: its own scale is 1.
+
+        Raises:
+            UsageError: the adapters cannot be combined so; every reason is told, and nothing was changed.
+        """
+        how = Combination(combination_type, svd_rank, svd_driver, density, majority_sign_method)
+        config, factors = combine(self, self._adapters, adapters, weights, how)
+        self.add_adapter(adapter_name, config)
+        for path, adapter in attach.adapters_of(self, adapter_name):
+            if path in factors:
+                adapter.set_factors(*factors[path])  # pyright: ignore[reportCallIssue]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Let only these adapters answer, and train them unless `inference_mode`."""
@@ -154,11 +178,14 @@ class AdaptedModel(MadeInPlace, _Model):
         self._check_names(names)
         for name in self._adapters.configs:
             self._set_trainable(name, name in names and not inference_mode)
-        self._adapters.active = names
+        self._adapters.active, self._adapters.branches = names, []
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off the model, and rows of the vocabulary that were added for it alone."""
         self._check_names([adapter_name])
+        for other, config in self._adapters.configs.items():
+            if adapter_name in getattr(config, "adapters", ()):
+                raise UsageError(f"adapter '{adapter_name}' is one of those that '{other}' fuses; delete that first")
         if adapter_name in attach.merged_names(self):
             raise UsageError(f"adapter '{adapter_name}' is merged into the weights; call unmerge_adapter() first")
         attach.detach(self, self._adapters, adapter_name)
@@ -169,14 +196,6 @@ class AdaptedModel(MadeInPlace, _Model):
         """The base model's own answers inside the block, to the bit."""
         with attach.switched_off(self, self._adapters):
             yield
-
-    def _check_names(self, names: list[str]) -> None:
-        there = self._adapters.configs
-        for name in names:
-            if name not in there:
-                raise UsageError(
-                    f"adapter: no '{name}'{did_you_mean(name, there)} There are: {', '.join(there) or 'none'}."
-                )
 
     def _set_trainable(self, name: str, trainable: bool) -> None:
         for _, adapter in attach.adapters_of(self, name):
@@ -190,6 +209,8 @@ class AdaptedModel(MadeInPlace, _Model):
         Raises:
             MergeError: a method cannot be merged, or a merged tensor is not finite; the model is as before.
         """
+        if adapter_names is None and self._adapters.branches:
+            raise MergeError("a composition answers now, which no weights can: name the adapters to merge")
         names = adapter_names or self.active_adapters
         self._check_names(names)
         attach.merge(self, names)
@@ -260,22 +281,35 @@ class AdaptedModel(MadeInPlace, _Model):
             return
         names = selected_adapters or list(self._adapters.configs)
         self._check_names(names)
-        merged = attach.merged_names(self)
         for name in names:
-            config = self._adapters.configs[name]
-            tensors = adapter_state_dict(self, name, state_dict)
-            if save_embedding_layers and not merged:
-                grown = row_count(self) > vocabulary_of(self).base_rows
-                tensors |= base_embeddings(self, name, config, grown)
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            trained, config.inference_mode = config.inference_mode, True
-            try:
-                save_adapter(folder, tensors, config, metadata_of(self, config) | self._base_marks(name))
-            finally:
-                config.inference_mode = trained
+            self._save_one(name, folder, bool(save_embedding_layers), state_dict)
             if re.fullmatch(r"checkpoint-\d+", folder.name):
                 # transformers' Trainer resumes from, and ends with, what it finds under this name.
                 shutil.copyfile(folder / WEIGHTS_NAME, folder / SAFE_WEIGHTS_NAME)
+
+    def _save_one(
+        self, name: str, folder: Path, embeddings: bool = True, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write one adapter into `folder`; the arguments are those of `save_pretrained`."""
+        config = self._adapters.configs[name]
+        tensors = adapter_state_dict(self, name, state_dict)
+        if embeddings and not attach.merged_names(self):
+            grown = row_count(self) > vocabulary_of(self).base_rows
+            tensors |= base_embeddings(self, name, config, grown)
+        written, tensors, marks = as_plain(config, tensors)
+        written = copy.copy(written)
+        written.inference_mode = True
+        if isinstance(written, LoraConfig):  # peft warns of it where nothing is tied
+            written.ensure_weight_tying = any(
+                isinstance(adapter, Mirror) and not isinstance(adapter.owner, TokenRows)
+                for _, adapter in attach.adapters_of(self, name)
+            )
+        save_adapter(
+            folder, tensors, written, marks | metadata_of(self, config) | self._base_marks(name) | _labels(self)
+        )
+        for part in getattr(config, "adapters", ()):  # those that it fuses: the folder is whole
+            self._save_one(part, folder / part, embeddings, state_dict)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; a state dict under the keys of an adapter file goes into the first active adapter.
@@ -312,18 +346,27 @@ class AdaptedModel(MadeInPlace, _Model):
         folder = adapter_folder(model_id, **hub)
         tensors, metadata = read_adapter(folder)
         new = adapter_name not in self._adapters.configs
-        config = PeftConfig.from_pretrained(folder, inference_mode=not is_trainable)
+        fields = fields_of(metadata, str(folder))
+        # Frozen while it is made: what starts it is in the file.
+        config = PeftConfig.from_pretrained(folder, **{**fields, "inference_mode": True})
+        check_told(config, metadata, str(folder))
         try:
-            tensors = fit_vocabulary(self, config, tensors, metadata, str(folder))
-            self._check_base(folder, metadata, force)
-            if new:
-                self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
-            load_tensors(self, adapter_name, tensors, str(folder))
+            with self._all_or_none():
+                tensors = as_keys(self, tensors)
+                tensors = fuse_experts(self, config, tensors, str(folder))
+                tensors = fit_vocabulary(self, config, tensors, metadata, str(folder))
+                self._check_base(folder, metadata, force)
+                if new:
+                    self._take_in(config, folder)
+                    self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+                tensors = fusion_keys(tensors, getattr(self._adapters.configs[adapter_name], "adapters", []))
+                load_tensors(self, adapter_name, tensors, str(folder))
+                check_heads(self, adapter_name, new_heads(self), str(folder))
         except UsageError:
-            if new and adapter_name in self._adapters.configs:
-                attach.detach(self, self._adapters, adapter_name)
             give_back(self)
             raise
+        self._take_labels(metadata.get("labels", []))
+        self._adapters.configs[adapter_name].inference_mode = not is_trainable
         self._set_trainable(adapter_name, is_trainable)
 
     def _base_marks(self, name: str) -> dict[str, Any]:
@@ -331,24 +374,27 @@ class AdaptedModel(MadeInPlace, _Model):
         if attach.merged_names(self):
             return {}
         marks: dict[str, Any] = {"base_fingerprint": fingerprint(self)}
-        rows = untouched_rows(self, name)
-        if any(count < vocabulary_of(self).base_rows for count in rows.values()):
-            marks |= {"untouched_rows": rows, "untouched_fingerprint": fingerprint(self, rows)}
+        if changes_base(self._adapters.configs[name]):
+            marks["stored_anew"] = True
+        rows, replaced = untouched_rows(self, name), replaced_modules(self, name)
+        if replaced or any(count < vocabulary_of(self).base_rows for count in rows.values()):
+            marks |= {"untouched_rows": rows, "replaced_modules": replaced}
+            marks["untouched_fingerprint"] = fingerprint(self, rows, replaced)
         return marks
 
+    def _take_labels(self, labels: list[str]) -> None:
+        """The classes are called as in the training of the adapter, whose head answers."""
+        if labels and len(labels) == getattr(self.config, "num_labels", 0):
+            self.config.update(label_fields(labels))
+
     def _check_base(self, folder: Path, metadata: dict[str, Any], force: bool) -> None:
-        trained_on = metadata.get("base_fingerprint")
-        if trained_on is None or force or attach.merged_names(self):
+        if force or attach.merged_names(self) or is_base_of(self, metadata):
             return
-        here = fingerprint(self)
-        rows = metadata.get("untouched_rows")
-        if rows and same_base(fingerprint(self, rows), metadata["untouched_fingerprint"]):
-            return
-        if not same_base(here, trained_on):
-            raise AdapterFileError(
-                f"{folder}: trained on base {trained_on[:12]}, this is {here[:12]}: other weights or another shape. "
-                "Load the base it was trained on (--base), or load it all the same (--force, force=True)"
-            )
+        raise AdapterFileError(
+            f"{folder}: trained on base {metadata['base_fingerprint'][:12]}, this is {fingerprint(self)[:12]}: other "
+            "weights or another shape. Load the base it was trained on (--base), or load it all the same (--force, "
+            "force=True)"
+        )
 
 
 class _PeftModelType(type):
@@ -445,12 +491,17 @@ def _freeze_base(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def _method_of(config: PeftConfig) -> Any:
+def method_of(config: PeftConfig) -> Any:
     for entry in METHODS.values():
         method = entry.load()
         if method.config_class is type(config) and issubclass(method, Adapter):
             return method
     raise UsageError(f"{type(config).__name__} is no configuration of an adapter; take LoraConfig, for example")
+
+
+def _labels(model: Any) -> dict[str, list[str]]:
+    """The names of the classes, where they were chosen."""
+    return {"labels": labels_of(model)} if names_labels(getattr(model, "config", None)) else {}
 
 
 def _base_name(model: Any) -> str | None:
@@ -468,85 +519,3 @@ def _follow_ties(model: Any) -> None:
         model.all_tied_weights_keys = {}
         size = head.weight.numel() * head.weight.element_size() / 1e6
         warnings.warn(f"the embeddings are untied by merging: the saved model is {size:.1f} MB larger", stacklevel=3)
-
-
-class _AutoPeftModel:
-    """Loads an adapter together with the base model that its configuration names."""
-
-    task_type: str | None = None
-    base_class: Any = None
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        revision: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Load the base model (`kwargs` go to its `from_pretrained`) and attach the adapter.
-
-        Raises:
-            AdapterFileError: the folder is no adapter's, names no base model, or does not fit it.
-        """
-        folder = adapter_folder(pretrained_model_name_or_path, **({} if revision is None else {"revision": revision}))
-        config = config or PeftConfig.from_pretrained(folder)
-        if not config.base_model_name_or_path:
-            raise AdapterFileError(
-                f"{folder}: base_model_name_or_path is empty; load the base, then PeftModel.from_pretrained"
-            )
-        base = cls._base_class(config).from_pretrained(
-            config.base_model_name_or_path, **({"revision": config.revision} | kwargs if config.revision else kwargs)
-        )
-        return PeftModel.from_pretrained(base, folder, adapter_name, is_trainable)
-
-    @classmethod
-    def _base_class(cls, config: PeftConfig) -> Any:
-        return cls.base_class
-
-
-class AutoPeftModel(_AutoPeftModel):
-    """Loads the base by the adapter's task type."""
-
-    @classmethod
-    def _base_class(cls, config: PeftConfig) -> Any:
-        by_task = {auto.task_type: auto.base_class for auto in _AutoPeftModel.__subclasses__() if auto.base_class}
-        return by_task.get(config.task_type, transformers.AutoModel)
-
-
-class AutoPeftModelForCausalLM(_AutoPeftModel):
-    """An adapter over a causal language model."""
-
-    task_type, base_class = "CAUSAL_LM", transformers.AutoModelForCausalLM
-
-
-class AutoPeftModelForSeq2SeqLM(_AutoPeftModel):
-    """An adapter over an encoder-decoder language model."""
-
-    task_type, base_class = "SEQ_2_SEQ_LM", transformers.AutoModelForSeq2SeqLM
-
-
-class AutoPeftModelForSequenceClassification(_AutoPeftModel):
-    """An adapter over a sequence classifier."""
-
-    task_type, base_class = "SEQ_CLS", transformers.AutoModelForSequenceClassification
-
-
-class AutoPeftModelForTokenClassification(_AutoPeftModel):
-    """An adapter over a token classifier."""
-
-    task_type, base_class = "TOKEN_CLS", transformers.AutoModelForTokenClassification
-
-
-class AutoPeftModelForQuestionAnswering(_AutoPeftModel):
-    """An adapter over an extractive question answering model."""
-
-    task_type, base_class = "QUESTION_ANS", transformers.AutoModelForQuestionAnswering
-
-
-class AutoPeftModelForFeatureExtraction(_AutoPeftModel):
-    """An adapter over a model that answers hidden states."""
-
-    task_type, base_class = "FEATURE_EXTRACTION", transformers.AutoModel

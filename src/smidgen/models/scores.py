@@ -13,6 +13,8 @@ from torch import nn
 from smidgen.data.packing import IGNORED, Batch
 from smidgen.kernels import linear_cross_entropy
 from smidgen.losses.lm import token_cross_entropy
+from smidgen.models import attention
+from smidgen.models.images import image_inputs
 
 
 @dataclass(frozen=True)
@@ -68,20 +70,30 @@ def losses_at(model: Any, batch: Batch, at: Learned) -> torch.Tensor:
     exactly there in a packed batch, in the union of the rows' columns in a padded one. A model whose forward has no
     `logits_to_keep` computes them all. Packed rows are told apart by their `position_ids`, without an attention mask.
     """
-    inputs: dict = {"input_ids": batch.input_ids, "use_cache": False}
-    if batch.attention_mask is not None:
-        inputs["attention_mask"] = batch.attention_mask
-    if batch.position_ids is not None:
-        inputs["position_ids"] = batch.position_ids
+    inputs = _inputs(model, batch)
     if head := _head(model):
-        hidden = model.get_decoder()(**inputs).last_hidden_state[at.rows, at.columns]
+        # The decoder knows no images: what stands around it puts them among the tokens.
+        states = getattr(model, model.base_model_prefix) if batch.images else model.get_decoder()
+        hidden = states(**inputs).last_hidden_state[at.rows, at.columns]
         layer = model.get_output_embeddings()
         options = {"softcap": head.softcap, "logit_scale": head.scale}
         return linear_cross_entropy(hidden, layer.weight, at.targets, layer.bias, **options)
-    columns = at.columns
+    return token_cross_entropy(logits_at(model, batch, at), at.targets)
+
+
+def logits_at(model: Any, batch: Batch, at: Learned) -> torch.Tensor:
+    """(N, V): the logits at the given places of a batch."""
+    inputs, columns = _inputs(model, batch), at.columns
     if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"], columns = at.kept, at.place
-    return token_cross_entropy(model(**inputs).logits[at.rows, columns], at.targets)
+    return model(**inputs).logits[at.rows, columns]
+
+
+def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    given = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    there = {name: tensor for name, tensor in given.items() if tensor is not None}
+    images = image_inputs(model, batch.images) if batch.images else {}
+    return {"input_ids": batch.input_ids, "use_cache": False} | there | images
 
 
 def _head(model: Any) -> Head | None:
@@ -100,15 +112,21 @@ def intercepted(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def row_losses(model: nn.Module, rows: Sequence[tuple[list[int], list[bool]]]) -> list[float]:
-    """The mean loss of each row (token ids, and which of them are supervised), computed one row at a time."""
+def row_losses(
+    model: nn.Module, rows: Sequence[tuple[list[int], list[bool]]], images: Sequence[Sequence[str]] | None = None
+) -> list[float]:
+    """The mean loss of each row (token ids, and which of them are supervised), computed one row at a time.
+
+    Args:
+        images: of each row, the paths of its images; None: none has any.
+    """
     device = next(model.parameters()).device
     losses = []
-    for ids, supervised in rows:
+    for (ids, supervised), paths in zip(rows, images or [()] * len(rows), strict=True):
         tokens = torch.tensor([ids])
         labels = tokens.masked_fill(~torch.tensor([supervised]), IGNORED)
         labels[:, 0] = IGNORED
-        batch = Batch(tokens, labels, None, None, [0], int((labels != IGNORED).sum()))
+        batch = Batch(tokens, labels, None, None, [0], int((labels != IGNORED).sum()), tuple(paths))
         losses.append(token_losses(model, batch.to(device))[0].mean().item())
     return losses
 
@@ -123,8 +141,40 @@ def row_indices(batch: Batch) -> torch.Tensor:
 
 def takes(model: nn.Module, argument: str) -> bool:
     """Whether a `forward` of the model's classes names this argument."""
-    forwards = [vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind)]
+    forwards = [vars(kind)["forward"] for kind in type(model).__mro__ if callable(vars(kind).get("forward"))]
     return any(argument in inspect.signature(forward).parameters for forward in forwards)
+
+
+def branched(at: Learned, before: torch.Tensor) -> Learned:
+    """The places from which tokens follow where a batch of one row has branches: see `models.attention.Branches`."""
+    columns = before[at.columns + 1]
+    kept = columns.unique()
+    return at._replace(columns=columns, kept=kept, place=torch.searchsorted(kept, columns))
+
+
+@torch.no_grad()
+def keeps_branches_apart(model: Any) -> bool:
+    """Whether a model computes branches of a common beginning as it does rows by themselves, and none sees another."""
+    device, length = next(model.parameters()).device, 6
+    if device.type != "cpu" or not attention.in_use(model) or getattr(model.config, "attention_dropout", 0):
+        return False
+    draw = torch.Generator().manual_seed(0)
+    shared, first, second = torch.randint(vocabulary_size(model), (3, length), generator=draw)
+    parts = attention.branches_of([(length, [length, length])])
+    positions = torch.cat([torch.arange(2 * length), torch.arange(length, 2 * length)])[None]
+
+    def losses(other: torch.Tensor) -> torch.Tensor:
+        ids = torch.cat([shared, other, second])[None]
+        batch = Batch(ids, ids.masked_fill(positions[0] < length, IGNORED), None, positions, [0, 1], 2 * length)
+        with attention.branching(parts):
+            return losses_at(model, batch, branched(learned(batch), parts.before))[length:]
+
+    row = torch.cat([shared, second])[None]
+    alone = Batch(row, row.masked_fill(torch.arange(2 * length) < length, IGNORED), None, None, [0], length)
+    found = losses(first)
+    near = 0.1 if next(model.parameters()).dtype.itemsize == 2 else 1e-3
+    own = token_losses(model, alone)[0]
+    return torch.equal(found, losses(first.flip(0))) and bool(((found - own).abs() <= near * (1 + own)).all())
 
 
 @torch.no_grad()

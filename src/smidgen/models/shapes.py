@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from smidgen.errors import ModelError
 from smidgen.foreign import shown
 from smidgen.models.folder import check_configuration, check_documents
+from smidgen.models.images import model_class
 from smidgen.models.load import load_tokenizer, quiet, stop_token_ids
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -95,7 +96,7 @@ def model_of(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     try:
         with quiet(), torch.random.fork_rng([]):
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = model_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
             model.tie_weights()  # transformers 5.0 does not do so on the meta device
     except Exception as error:  # what a foreign configuration raises is open
         raise ModelError(f"no causal language model can be made of this configuration: {shown(error)}") from None

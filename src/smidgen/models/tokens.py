@@ -258,7 +258,7 @@ def untrained_rows(weight: Tensor, ids: Collection[int], spread: float) -> list[
                 distance[place, index - start] = torch.inf
         near |= distance.min(dim=1).values < _NEAR * unit
     directions = max(1, min(_DIRECTIONS, width // 8))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng([weight.device] if weight.is_cuda else []):  # the seed is that of all devices
         torch.manual_seed(0)
         preferred = torch.svd_lowrank(sample / norms.clamp_min(1e-12)[:, None], q=directions)[2]
     # A random row has this share of its squared length in the preferred directions, and hardly ever more.

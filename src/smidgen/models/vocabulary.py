@@ -58,7 +58,7 @@ def vocabulary_of(model: Any) -> Vocabulary:
 def vocabulary_layers(model: Any) -> dict[str, Any]:
     """The input embedding and, where there is one, the head, by path; empty for models that have no tokens."""
     asked = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
-    wanted = [layer for get in asked if get is not None and (layer := get()) is not None]
+    wanted = [layer for get in asked if get is not None and hasattr(layer := get(), "weight")]
     return {path: module for path, module in base_modules(model) if any(module is layer for layer in wanted)}
 
 
