@@ -9,7 +9,7 @@ import yaml
 from smidgen.errors import RecipeError
 from smidgen.llamafactory import is_llamafactory, translate
 from smidgen.llamafactory_keys import NO_EFFECT, NO_EFFECT_PREFIXES, REFUSED, SAME
-from smidgen.recipe import DataRecipe, Recipe, Source, TrainRecipe, load_recipe
+from smidgen.recipe import DataRecipe, PreferenceRecipe, Recipe, Source, TrainRecipe, load_recipe
 
 FULL = """\
 ### model
@@ -228,12 +228,29 @@ def test_a_key_is_translated(load, keys, place, value):
     assert found == value
 
 
+def test_stages_of_preferences_are_translated(load):
+    keys = {"dataset": "pairs", "pref_beta": 0.2, "pref_ftx": 0.5, "dpo_label_smoothing": 0.1, "ref_model": "other"}
+    recipe, notes = load(small(stage="dpo", **keys))
+    wanted = {"beta": 0.2, "rpo_alpha": 0.5, "label_smoothing": 0.1, "ref_model": "other"}
+    assert (recipe.objective, recipe.preference) == ("dpo", PreferenceRecipe(**wanted))
+    assert "pref_ftx: 0.5 -> preference.rpo_alpha: 0.5" in notes
+    recipe, _ = load(small(stage="dpo", dataset="pairs", pref_loss="simpo", pref_beta=2.0))
+    assert recipe.preference == PreferenceRecipe(loss_type=["simpo"], simpo_gamma=0.5, beta=2.0)
+    recipe, _ = load(small(stage="rm", dataset="pairs", pref_beta=0.3))
+    assert (recipe.objective, recipe.preference) == ("reward", PreferenceRecipe())
+    recipe, _ = load(small(stage="kto", kto_rejected_weight=1.5))
+    assert (recipe.objective, recipe.preference) == ("kto", PreferenceRecipe(beta=0.1, undesirable_weight=1.5))
+
+
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
         ({"quantization_bit": 3}, "lf.yaml:6: quantization_bit: 3 by 'bnb' is not there; there are 4 and 8"),
         ({"finetuning_type": "dora"}, "lf.yaml:2: finetuning_type: 'dora' is not there; there are: lora, qlora"),
-        ({"stage": "dpo"}, "lf.yaml:6: stage: 'dpo' is not there yet; there are: sft, pt"),
+        ({"stage": "ppo"}, "lf.yaml:6: stage: 'ppo' is not there yet; there are: sft, pt, dpo, kto, rm"),
+        ({"stage": "dpo"}, "lf.yaml:4: dataset: 'first' holds no preference pairs"),
+        ({"stage": "dpo", "pref_loss": "kto_pair"}, "pref_loss: 'kto_pair' is not there; there are: sigmoid"),
+        ({"stage": "dpo", "pref_bco_weight": 0.5}, "pref_bco_weight: is not there"),
         ({"lora_rnk": 4}, "lf.yaml:6: lora_rnk: LLaMA-Factory has no such key; did you mean 'lora_rank'?"),
         ({"lora_rank": "a"}, "lf.yaml:6: adapter.r: must be a whole number"),
         ({"learning_rate": -1}, "lf.yaml:6: train.learning_rate: must be greater than 0"),

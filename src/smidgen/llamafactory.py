@@ -1,4 +1,4 @@
-"""LLaMA-Factory's YAML for supervised fine-tuning and continued pretraining, translated to smidgen's recipe.
+"""LLaMA-Factory's YAML for fine-tuning, pretraining, DPO, KTO and reward models, translated to smidgen's recipe.
 
 Every key is either translated, or has no effect on what is learned (and a note says why), or changes what is learned
 and cannot be honoured: then it is a mistake, unless it is switched off. Keys that the file leaves out get
@@ -109,14 +109,41 @@ def _same(config: _Translator) -> None:
 
 def _stage(config: _Translator) -> None:
     stage = config.take("stage", "sft")
-    if stage not in ("sft", "pt"):
-        config.problem("stage", f"'{stage}' is not there yet; there are: sft, pt")
-    config.put(("objective",), "pretrain" if stage == "pt" else "sft", "stage")
+    if stage not in ("sft", "pt", "dpo", "kto", "rm"):
+        config.problem("stage", f"'{stage}' is not there yet; there are: sft, pt, dpo, kto, rm")
+    config.put(("objective",), {"pt": "pretrain", "rm": "reward"}.get(stage, stage), "stage")
+    if stage in ("dpo", "kto"):
+        _preference(config, stage)
     if config.take("template"):
         why = "the tokenizer's own chat template is used" if stage != "pt" else "pretraining reads plain text"
         config.note("template", f"{why}; another one can be given as 'data.template=FILE.jinja'")
     if config.given.get("do_train") is False:
         config.problem("do_train", "false asks for no training; use 'smidgen evaluate' to predict")
+
+
+def _preference(config: _Translator, stage: str) -> None:
+    config.put(("preference", "beta"), config.take("pref_beta", 0.1), "pref_beta")
+    names = {"dpo": ("dpo_label_smoothing",), "kto": ("kto_chosen_weight", "kto_rejected_weight")}[stage]
+    loss = config.take("pref_loss", "sigmoid")
+    if stage == "dpo":
+        if loss not in ("sigmoid", "hinge", "ipo", "orpo", "simpo"):
+            config.problem("pref_loss", f"'{loss}' is not there; there are: sigmoid, hinge, ipo, orpo, simpo")
+        config.put(("preference", "loss_type"), [loss], "pref_loss")
+        if weight := config.take("pref_ftx", 0.0):
+            config.put(("preference", "rpo_alpha"), weight, "pref_ftx")
+        if loss == "simpo":
+            config.put(("preference", "simpo_gamma"), config.take("simpo_gamma", 0.5), "simpo_gamma")
+        if (alpha := config.take("ld_alpha")) is not None:
+            config.put(("preference", "ld_alpha"), alpha, "ld_alpha")
+    for key in ("ref_model", *names):
+        ours = {"kto_chosen_weight": "desirable_weight", "kto_rejected_weight": "undesirable_weight"}.get(
+            key, key.removeprefix("dpo_")
+        )
+        if value := config.take(key):
+            config.put(("preference", ours), value, key)
+    for key in ("pref_bco_weight", "ref_model_adapters", "ref_model_quantization_bit"):
+        if config.take(key):
+            config.problem(key, "is not there")
 
 
 def _lora(config: _Translator) -> None:
@@ -311,8 +338,9 @@ def _source(config: _Translator, key: str, name: str, entry: Mapping[str, Any], 
         config.problem(key, f"'{name}' is not a local file; download it, and give 'file_name' in dataset_info.json")
         return {"path": str(folder / name)}
     source: dict[str, Any] = {"path": str(folder / entry["file_name"])}
-    if entry.get("ranking"):
-        config.problem(key, f"'{name}' holds preference pairs; training on those is not there yet")
+    if bool(entry.get("ranking")) != (config.given.get("stage") in ("dpo", "rm")):
+        told = "holds preference pairs" if entry.get("ranking") else "holds no preference pairs ('ranking: true')"
+        config.problem(key, f"'{name}' {told}; 'stage: dpo' and 'stage: rm' learn from those")
     if entry.get("num_samples"):
         config.problem(key, f"'{name}': num_samples cannot be honoured; use 'max_samples'")
     for tag, value in (entry.get("tags") or {}).items():

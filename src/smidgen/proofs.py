@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 # The file of a run folder that holds what a fresh process has to find again.
 RECORD_NAME = "record.json"
+Z = 1.96  # two-sided 95 % of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -23,3 +25,11 @@ class Check:
 def lines(checks: Iterable[Check]) -> list[str]:
     """One line for each check."""
     return [f"{'ok  ' if check.passed else 'FAIL'} {check.text}" for check in checks]
+
+
+def wilson(right: int, rows: int) -> tuple[float, float]:
+    """Answer the 95 % interval of a share of `right` among `rows`, both ends in 0..1 (Wilson 1927)."""
+    share, spread = right / rows, Z**2 / rows
+    middle = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))

@@ -13,127 +13,28 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from smidgen import llamafactory
 from smidgen.checking import build, check
+from smidgen.contradictions import contradictions
 from smidgen.drafts import Draft, Place, dotted, read_draft
 from smidgen.errors import UsageError, did_you_mean
-from smidgen.registry import METHODS, lookup
-
-Positive: TypeAlias = Annotated[int, Field(ge=1)]
-Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
-
-# An optimizer's name says its rule, whether states are in 8 bits, and whether they are paged.
-Optimizer: TypeAlias = Literal[
-    "adamw",
-    "adamw_8bit",
-    "paged_adamw",
-    "paged_adamw_8bit",
-    "lion",
-    "lion_8bit",
-    "paged_lion",
-    "paged_lion_8bit",
-    "adafactor",
-]
-
-_FORBID = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-@dataclass(frozen=True)
-class Source:
-    """One data file, or a folder of them.
-
-    path: the file.
-    weight: its share of the tokens in a mixture; all sources have one, or none has.
-    columns: what the file calls the columns, where it does not use the usual names: ``{instruction: question}``.
-        Where it is given, no other column is read.
-    """
-
-    path: str
-    weight: Annotated[float, Field(gt=0)] | None = None
-    columns: dict[str, str] | None = None
-
-    __pydantic_config__ = _FORBID
-
-
-@dataclass(frozen=True)
-class DataRecipe:
-    """What is learned from, and how it becomes tokens.
-
-    train, eval: the files; eval may be left out.
-    eval_size: how much of train is held out when `eval` is not given: a share below 1, or a number of rows.
-    max_length: the most tokens of one row.
-    format: the name of the data format; None: detected.
-    template: path of a Jinja chat template; None: the tokenizer's own.
-    system: the system message of chats that have none.
-    on_long: what happens to a row longer than `max_length`.
-    packing: whether several rows share one sequence; None: chosen, and said.
-    train_on: whether the loss counts the completion alone or every token.
-    limit: only the first n rows of each file.
-    add_tokens, add_special_tokens: new tokens; only their rows of the embedding are trained, beside the adapter.
-        Special ones are left out of decoded answers.
-    """
-
-    train: Annotated[list[Source], Field(min_length=1)]
-    eval: Annotated[list[Source], Field(min_length=1)] | None = None
-    eval_size: Positive | Share | None = None
-    max_length: Annotated[int, Field(ge=2)] = 1024
-    format: str | None = None
-    template: str | None = None
-    system: str | None = None
-    on_long: Literal["drop", "truncate", "truncate_prompt", "error"] = "truncate_prompt"
-    packing: bool | None = None
-    train_on: Literal["completion", "all"] = "completion"
-    limit: Positive | None = None
-    add_tokens: list[Annotated[str, Field(min_length=1)]] | None = None
-    add_special_tokens: list[Annotated[str, Field(min_length=1)]] | None = None
-
-    __pydantic_config__ = _FORBID
-
-
-@dataclass(frozen=True)
-class TrainRecipe:
-    """How the parameters are moved.
-
-    batch_size: rows per update, however they are cut into micro-batches and spread over processes.
-    micro_batch_tokens: the most tokens computed at once; None: chosen from the memory there is.
-    max_steps: the number of updates; it takes precedence over `epochs`.
-    loraplus_lr_ratio: LoRA+: how many times the learning rate B matrices and vectors learn at; None: as the others.
-    loraplus_lr_embedding: with LoRA+, the learning rate of LoRA on embeddings.
-    warmup_ratio: the share of the updates in which the learning rate rises.
-    eval_steps: updates between two evaluations; None: at the end only.
-    save_steps: updates between two checkpoints; None: only when the run is stopped (what was learned is saved anyway).
-    save_total_limit: how many checkpoints are kept; None: all.
-    report_to: names of trackers: tensorboard, wandb, mlflow, trackio...
-    fsdp: "full_shard": parameters, gradients and optimizer states are spread over the processes.
-    """
-
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    max_steps: Positive | None = None
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    batch_size: Positive = 16
-    micro_batch_tokens: Positive | None = None
-    optim: Optimizer = "adamw"
-    loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None
-    loraplus_lr_embedding: Annotated[float, Field(gt=0)] = 1e-6
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    gradient_checkpointing: bool = False
-    logging_steps: Positive = 10
-    eval_steps: Positive | None = None
-    save_steps: Positive | None = None
-    save_total_limit: Positive | None = None
-    report_to: list[str] = field(default_factory=list)
-    fsdp: Literal["full_shard"] | None = None
-
-    __pydantic_config__ = _FORBID
+from smidgen.recipe_parts import (
+    FORBID,
+    REWARDS,
+    DataRecipe,
+    GeneralRecipe,
+    PreferenceRecipe,
+    RewardRecipe,
+    Source,
+    TrainRecipe,
+    WatchRecipe,
+)
+from smidgen.registry import METHODS, PREFERENCE_LOSS, lookup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +45,7 @@ class Recipe:
     quantize: store the linear layers of the base in 4 or 8 bits, made dense where they are used (QLoRA).
     double_quantization: store the scales of 4-bit weights in 8 bits too.
     adapter: `method`, a name in `smidgen.registry.METHODS`, and the fields of that method's config.
+    task: what the model is made to do; the others than language modelling learn from rows with labels.
     output: the run folder.
     """
 
@@ -152,12 +54,22 @@ class Recipe:
     double_quantization: bool = True
     adapter: dict[str, Any]
     data: DataRecipe
-    objective: Literal["sft", "pretrain"] = "sft"
+    task: Literal["causal_lm", "seq_2_seq_lm", "seq_cls", "token_cls", "question_ans"] = "causal_lm"
+    objective: Literal["sft", "pretrain", "dpo", "kto", "reward", "process_reward"] = "sft"
+    preference: PreferenceRecipe = field(default_factory=PreferenceRecipe)
+    reward: RewardRecipe = field(default_factory=RewardRecipe)
+    watch: WatchRecipe = field(default_factory=WatchRecipe)
+    general: GeneralRecipe = field(default_factory=GeneralRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     output: Annotated[str, Field(min_length=1)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
+
+    @property
+    def model_task(self) -> str:
+        """The task of the model that is trained: a reward model is a classifier of one class."""
+        return "seq_cls" if self.objective in REWARDS else self.task
 
     def to_dict(self) -> dict[str, Any]:
         """Answer the recipe as plain mappings, lists and values, with every default written out."""
@@ -193,6 +105,9 @@ _SPELLINGS: dict[str, dict[str, str]] = {
         "max_norm": "max_grad_norm",
     },
 }
+
+# Objectives that are DPO with another loss.
+_OF_DPO = ("ipo", "cpo", "simpo", "orpo")
 
 # transformers' names for optimizers, and what is taken.
 _OPTIMIZERS = {
@@ -236,10 +151,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     _rename_spellings(draft)
     _rename_optimizer(draft)
     _unfold(draft.data)
+    _rename_objective(draft)
     recipe = check(draft, Recipe, draft.data, (), _unknown)
     if isinstance(adapter := draft.data.get("adapter"), dict):
         _check_adapter(draft, adapter)
-    for place, message in _contradictions(draft.data):
+    if recipe and recipe.objective == "dpo":
+        for problem in PREFERENCE_LOSS.load()(recipe.preference):
+            draft.problem(("preference",), f"preference: {problem}")
+    for place, message in contradictions(draft.data):
         draft.problem(place, f"{dotted(place)}: {message}")
     draft.raise_problems()
     return recipe, draft.notes
@@ -260,13 +179,18 @@ def recipe_hash(recipe: Recipe) -> str:
 
 def difference(old: Recipe, new: Recipe) -> list[str]:
     """Answer a line for each value that differs: ``adapter.r: 8 -> 16``."""
-    before, after = dict(_flat(old.to_dict())), dict(_flat(new.to_dict()))
+    before, after = dict(flat(old)), dict(flat(new))
     lines = []
     for place in [*before, *(place for place in after if place not in before)]:
         if before.get(place) != after.get(place):
             told = [json.dumps(side[place]) if place in side else "not set" for side in (before, after)]
-            lines.append(f"{dotted(place)}: {told[0]} -> {told[1]}")
+            lines.append(f"{place}: {told[0]} -> {told[1]}")
     return lines
+
+
+def flat(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Yield each value of a recipe with its place: ``data.train[0].path``."""
+    yield from ((dotted(place), value) for place, value in _flat(recipe.to_dict()))
 
 
 def _flat(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
@@ -321,16 +245,29 @@ def _rename_optimizer(draft: Draft) -> None:
         draft.notes.append("Lion's betas are the paper's: 0.9 and 0.99; transformers' Trainer gives it 0.9 and 0.999")
 
 
+def _rename_objective(draft: Draft) -> None:
+    name = draft.data.get("objective")
+    if name not in _OF_DPO or not isinstance(section := draft.data.setdefault("preference", {}), dict):
+        return
+    if section.setdefault("loss_type", [name]) != [name]:
+        draft.problem(("objective",), f"objective: '{name}' is DPO with its own loss; leave out 'preference.loss_type'")
+    draft.data["objective"] = "dpo"
+    draft.notes.append(f"'objective: {name}' is 'dpo' with 'preference.loss_type: {name}' here")
+
+
 def _unfold(data: dict[str, Any]) -> None:
     """Write out what a recipe may say briefly: ``train: a.jsonl``, ``report_to: tensorboard``."""
-    rows, train = data.get("data"), data.get("train")
-    if isinstance(rows, dict):
-        for key in rows.keys() & {"train", "eval"}:
+    train = data.get("train")
+    for section, key in (("data", "train"), ("data", "eval"), ("general", "data")):
+        if isinstance(rows := data.get(section), dict) and key in rows:
             sources = [rows[key]] if isinstance(rows[key], str | dict) else rows[key]
             if isinstance(sources, list):
                 rows[key] = [{"path": source} if isinstance(source, str) else source for source in sources]
     if isinstance(train, dict) and isinstance(names := train.get("report_to"), str):
         train["report_to"] = [] if names == "none" else [names]
+    for key, kind in (("loss_type", str), ("loss_weights", int | float)):
+        if isinstance(section := data.get("preference"), dict) and isinstance(section.get(key), kind):
+            section[key] = [section[key]]
 
 
 # ---- checking ----
@@ -361,9 +298,14 @@ def _without_method(adapter: Mapping[str, Any]) -> dict[str, Any]:
 _SECTIONS: dict[str, type] = {
     "": Recipe,
     "data": DataRecipe,
+    "preference": PreferenceRecipe,
+    "reward": RewardRecipe,
+    "watch": WatchRecipe,
+    "general": GeneralRecipe,
     "train": TrainRecipe,
     "data.train": Source,
     "data.eval": Source,
+    "general.data": Source,
 }
 
 
@@ -378,7 +320,7 @@ def _no_field(name: str, known: Sequence[str]) -> str:
         return f"no field '{name}'; {_ADVICE[name]}"
     if near := did_you_mean(name, known):
         return f"no field '{name}'{near}"
-    for section in ("data", "train", ""):
+    for section in ("data", "train", "preference", "reward", "watch", "", "general"):
         if name in _names(_SECTIONS[section]):
             home = f"in '{section}'" if section else "at the top of the recipe"
             return f"no field '{name}'; it belongs {home}"
@@ -387,35 +329,3 @@ def _no_field(name: str, known: Sequence[str]) -> str:
 
 def _names(kind: type) -> list[str]:
     return [known.name for known in dataclasses.fields(kind)]
-
-
-def _contradictions(data: dict[str, Any]) -> Iterator[tuple[Place, str]]:
-    """Yield what is wrong between fields that are each fine. Sections of a wrong type are passed over."""
-    rows, train = (section if isinstance(section := data.get(name), dict) else {} for name in ("data", "train"))
-    if rows.get("eval") is not None and rows.get("eval_size") is not None:
-        yield ("data", "eval_size"), "'eval' names the held-out rows already; keep one of the two"
-    if train.get("eval_steps") is not None and rows.get("eval") is None and rows.get("eval_size") is None:
-        yield ("train", "eval_steps"), "there are no held-out rows; give 'data.eval' or 'data.eval_size'"
-    if train.get("save_total_limit") is not None and train.get("save_steps") is None:
-        yield ("train", "save_total_limit"), "no checkpoints are written on the way; give 'train.save_steps'"
-    if train.get("fsdp") is not None and train.get("dtype") == "float16":
-        yield ("train", "fsdp"), "float16 needs scaled losses, which sharded gradients lack; take 'dtype: bfloat16'"
-    method = data["adapter"].get("method") if isinstance(data.get("adapter"), dict) else None
-    if data.get("quantize") is not None and method in ("full", "freeze"):
-        yield ("quantize",), f"'{method}' trains the weights themselves, which 4 and 8 bits cannot hold; take 'lora'"
-    if data.get("quantize") is not None and train.get("fsdp") is not None:
-        yield ("quantize",), "stored weights cannot be sharded; leave out 'train.fsdp', or load in 16 bits"
-    if train.get("fsdp") is not None and train.get("optim", "adamw") != "adamw":
-        yield ("train", "optim"), "'fsdp' spreads the states of adamw alone; take 'optim: adamw', or leave out 'fsdp'"
-    if train.get("loraplus_lr_ratio") is not None and method in ("full", "freeze"):
-        yield ("train", "loraplus_lr_ratio"), f"LoRA+ is for LoRA's matrices, which '{method}' lacks; remove it"
-    for key in ("train", "eval"):
-        sources = rows.get(key)
-        sources = sources if isinstance(sources, list) else []
-        weighed = [isinstance(source, dict) and source.get("weight") is not None for source in sources]
-        if any(weighed) and not all(weighed):
-            yield ("data", key, weighed.index(False)), "has no weight while other files have one; give each a weight"
-    if data.get("objective") == "pretrain":
-        for name in ("system", "template"):
-            if rows.get(name) is not None:
-                yield ("data", name), "has no effect with 'objective: pretrain', which reads plain text; remove it"

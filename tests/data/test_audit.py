@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from smidgen.data.audit import audit_preferences, near_duplicates
+from smidgen.data.audit import audit_preferences, near_duplicates, near_groups
 from smidgen.data.formats import FileRows
 from smidgen.data.preference import read_preferences
 from smidgen.data.read import read_rows
@@ -112,3 +112,9 @@ def test_truthfulqa_as_it_is():
     assert report.lengths.accuracy(True) == pytest.approx((counts[1] + counts[0] / 2) / 790)
     assert 0.6 < report.lengths.accuracy(True) < 0.65
     assert report.contradictions == []
+
+
+def test_texts_that_are_near_share_a_group():
+    texts = ["what is the sky", "why do cats purr", "what is the sky made of", "the sky made of gas", "", ""]
+    assert near_groups(texts) == [[0, 2, 3], [1], [4], [5]]  # 0 and 3 are not near, and both are near to 2
+    assert near_groups(texts, threshold=1.0) == [[0], [1], [2], [3], [4], [5]]

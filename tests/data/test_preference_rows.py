@@ -143,7 +143,7 @@ def test_prepared_labelled_rows_know_their_labels(write):
         [{"prompt": f"q {n}", "completion": f"a {n}" if n != 1 else "", "label": n % 3 == 0} for n in range(5)]
     )
     ready = prepare(path, labelled=True)
-    assert [(row.where[-1], good) for row, good in ready.train] == [
+    assert [(row.where[-1], row.desirable) for row in ready.train] == [
         ("1", True),
         ("3", False),
         ("4", True),
@@ -151,6 +151,26 @@ def test_prepared_labelled_rows_know_their_labels(write):
     ]
     picked = ready.train.select(np.array([2, 1]))
     assert picked.desirable.tolist() == [True, False] and len(picked) == 2
+
+
+def test_a_mismatched_row_has_the_answer_of_the_next_other_prompt(write):
+    rows = [("one", "a"), ("one", "b"), ("two three four five six", "c"), ("seven", "d e f g h i j"), ("one", "k")]
+    path = write([{"prompt": prompt, "completion": answer, "label": True} for prompt, answer in rows])
+    train = prepare(path, labelled=True).train
+    longest = max(train.lengths)
+    for row, answer in zip(train, "ccdkc"):
+        mismatched = row.mismatched
+        start = int(row.row.supervised.argmax())
+        assert mismatched.input_ids[:start].tolist() == row.row.input_ids[:start].tolist()
+        assert not mismatched.supervised[:start].any() and mismatched.supervised[start:].all()
+        assert LLAMA.decode(mismatched.input_ids[start:]).strip().startswith(answer)
+        assert len(mismatched.input_ids) <= longest
+    assert len(train[2].mismatched.input_ids) == longest  # the long answer lost its end
+    chosen = train.select(np.array([3]))
+    assert chosen.mismatched[0].input_ids.tolist() == train[3].mismatched.input_ids.tolist()
+    single = write([{"prompt": "one", "completion": answer, "label": True} for answer in "ab"])
+    with pytest.raises(DataError, match="a single prompt"):
+        prepare(single, labelled=True)
 
 
 def test_mistakes_of_all_files_are_told_at_once(write):

@@ -189,7 +189,7 @@ def test_kto_is_trls(kind):
         _compute_kl_logps=lambda model, inputs: kl_logps,
     )
     theirs = KTOTrainer._compute_loss(trainer, lambda **inputs: outputs, inputs, False)
-    kl = kto_kl(Answers(kl_logps, answers.tokens, torch.zeros_like(kl_logps))) if kind == "kto" else 0.0
+    kl = kto_kl(kl_logps.detach().sum(), len(kl_logps)) if kind == "kto" else 0.0
     assert kind != "kto" or kl.item() == pytest.approx(3.0)
     value = kto(answers, label, kl=kl, beta=SHARP["beta"], desirable_weight=1.3, undesirable_weight=0.6)
     assert value.shape == (2 * B,)
@@ -206,7 +206,7 @@ def test_smoothing_takes_a_share_of_the_pairs_the_wrong_way_round(name):
 
 def test_ktos_divergence_is_not_below_zero_and_has_no_gradient():
     policy = torch.tensor([-4.0, -2.0], requires_grad=True)
-    found = kto_kl(Answers(policy, torch.tensor([1, 1]), torch.zeros(2)))
+    found = kto_kl(policy.sum(), len(policy))
     assert found.item() == 0 and not found.requires_grad
 
 

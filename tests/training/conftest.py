@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from smidgen.adapters.methods.lora import LoraConfig
+from smidgen.data.preference_rows import LabelledRows, PairRows, mismatch
 from smidgen.data.rows import TokenRows
 from smidgen.models.peft_model import get_peft_model
 from smidgen.recipe import TrainRecipe
@@ -46,6 +47,21 @@ def make_rows(lengths: Sequence[int], prompt: int = 1, seed: int = 0, vocabulary
     )
 
 
+def make_pairs(lengths: Sequence[tuple[int, int]], prompts: Sequence[int], seed: int = 0) -> PairRows:
+    """Pairs of random tokens: of each the lengths of the chosen and the rejected row, and of the prompt they share."""
+    rows = make_rows([length for pair in lengths for length in pair], seed=seed)
+    for index, prompt in enumerate(prompts):
+        start, other = rows.offsets[2 * index], rows.offsets[2 * index + 1]
+        rows.ids[other : other + prompt] = rows.ids[start : start + prompt]
+        rows.learned[start : start + prompt] = rows.learned[other : other + prompt] = False
+    return PairRows(rows, np.zeros(len(lengths)))
+
+
+def make_labelled(pairs: PairRows) -> LabelledRows:
+    """Each answer of the pairs as a row of its own, with its label."""
+    return LabelledRows(pairs.rows, np.tile([True, False], len(pairs)), mismatch(pairs.rows))
+
+
 def tiny_lora(dropout: float = 0.0, seed: int = 3) -> Any:
     """A tiny Llama with LoRA of rank 4 on all linear layers."""
     model = tiny_llama()
@@ -55,13 +71,13 @@ def tiny_lora(dropout: float = 0.0, seed: int = 3) -> Any:
 
 def make_loop(
     model: nn.Module,
-    rows: TokenRows,
+    rows: Any,
     folder: Path,
     *,
     budget: int = 64,
     packing: bool = False,
     objective: Objective | None = None,
-    held_out: TokenRows | None = None,
+    held_out: Any = None,
     **train: Any,
 ) -> Loop:
     """A loop over `rows`, with fields of the train recipe as keywords."""

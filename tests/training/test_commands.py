@@ -54,6 +54,7 @@ def test_check_fails_where_the_run_does_not_fit(tmp_path, command, capsys, monke
     assert "fits: no (needs" in told.out and "Smallest change: train.gradient_checkpointing=true" in told.out
 
 
+@pytest.mark.slow
 def test_train_writes_the_report_and_leaves_with_1_where_the_proof_fails(tmp_path, command, capsys):
     recipe = str(write_recipe(tmp_path))
     assert command("train", recipe) == 0

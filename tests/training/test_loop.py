@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,12 @@ from tests.training.conftest import make_loop, make_rows, tiny_lora
 UNEQUAL = make_rows([5, 12, 7, 3, 9, 16, 4, 11, 6, 8], prompt=2)
 
 
-def gradients(folder, model, budget: int, packing: bool = False, update=None) -> dict[str, torch.Tensor]:
+def gradients(
+    folder, model, budget: int, packing: bool = False, update=None, rows: Any = UNEQUAL, objective=None
+) -> dict[str, torch.Tensor]:
     """The gradients of one update, before the optimizer moves anything."""
-    loop = make_loop(model, UNEQUAL, folder, budget=budget, packing=packing, max_grad_norm=1e9)
+    options = {"budget": budget, "packing": packing, "objective": objective}
+    loop = make_loop(model, rows, folder, max_grad_norm=1e9, **options)
     found: dict[str, torch.Tensor] = {}
     loop.optimizer.register_step_pre_hook(
         lambda *_: found.update({name: p.grad.clone() for name, p in loop.parameters.items() if p.grad is not None})
@@ -61,9 +65,9 @@ class Spoiling(Objective):
         self.rows = rows
 
     def loss(self, model, batch):
-        values, rows = super().loss(model, batch)
-        bad = torch.isin(rows, torch.tensor(self.rows))
-        return values * torch.where(bad, torch.inf, 1.0), rows
+        found = super().loss(model, batch)
+        bad = torch.isin(found.rows, torch.tensor(self.rows))
+        return found._replace(values=found.values * torch.where(bad, torch.inf, 1.0))
 
 
 # ---- what must not change the gradient ----
@@ -284,8 +288,8 @@ def test_evaluation_is_the_mean_over_all_supervised_tokens(tmp_path):
         chosen = torch.tensor(row.supervised)[1:]
         total -= logits[torch.arange(len(ids) - 1), ids[1:]][chosen].sum().item()
         count += int(chosen.sum())
-    assert loop.evaluate() == pytest.approx(total / count, abs=1e-5)
-    assert not math.isnan(evaluate(model, Objective(), UNEQUAL, loop.how, loop.accelerator))
+    assert loop.evaluate() == {"loss": pytest.approx(total / count, abs=1e-5)}
+    assert not math.isnan(evaluate(model, Objective(), UNEQUAL, loop.how, loop.accelerator)["loss"])
 
 
 def test_the_log_has_a_line_for_every_logged_step_and_evaluation(tmp_path):

@@ -97,6 +97,7 @@ def test_the_tuned_model_answers_what_it_was_taught(tmp_path):
     assert [sample.before for sample in proof.samples] != [sample.after for sample in proof.samples]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

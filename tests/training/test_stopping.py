@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from transformers import AutoTokenizer
@@ -16,6 +17,7 @@ from smidgen.training.run import train
 from tests.training.conftest import write_recipe
 
 
+@pytest.mark.slow
 def test_eight_rows_learned_by_heart_end_with_the_end_token_in_eight_of_eight(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, epochs=60, batch_size=8, logging_steps=50)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")

@@ -50,6 +50,7 @@ def recipe_of(path: Path, adapter: dict[str, Any] | None = None, **train: Any) -
     return replace(recipe, adapter=adapter or recipe.adapter, train=replace(recipe.train, **train))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=KINDS)
 def test_counts_are_those_of_the_model_that_is_really_built(tmp_path, adapter):
     recipe = recipe_of(write_recipe(tmp_path), adapter)
@@ -99,6 +100,7 @@ def silent(line: str) -> None:
     """Nobody listens."""
 
 
+@pytest.mark.slow
 def test_65_billion_parameters_fit_on_48_gb_and_not_on_24(tmp_path):
     """QLoRA, section 1 and 5: a 65B model on one GPU of 48 GB (https://arxiv.org/abs/2305.14314)."""
     recipe = replace(large_recipe(tmp_path, 64), data=replace(large_recipe(tmp_path, 64).data, max_length=512))

@@ -113,10 +113,10 @@ def audit_preferences(train: Sequence[FileRows], evaluation: Sequence[FileRows] 
         if isinstance(row, Pair) and row.chosen_first is not None:
             known += 1
             first += row.chosen_first
-    prompts = ([(place, _prompt_text(row)) for place, row in _rows(files)] for files in (evaluation, train))
+    prompts = ([(place, prompt_text(row)) for place, row in _rows(files)] for files in (evaluation, train))
     return Audit(
-        _lengths([row for _, row in _rows(train)]),
-        _lengths([row for _, row in _rows(evaluation)]),
+        lengths_of([row for _, row in _rows(train)]),
+        lengths_of([row for _, row in _rows(evaluation)]),
         (first, known),
         duplicates,
         contradictions,
@@ -138,6 +138,36 @@ def near_duplicates(
     Args:
         rows, others: a place and a text each.
     """
+    nearest: dict[int, Near] = {}
+    for number, near in _near_pairs(rows, others, width, threshold):
+        if number not in nearest or near.similarity > nearest[number].similarity:
+            nearest[number] = near
+    return [nearest[number] for number in sorted(nearest)]
+
+
+def near_groups(texts: Sequence[str], *, width: int = 2, threshold: float = 0.5) -> list[list[int]]:
+    """Put texts into groups, so that texts that are near, as in `near_duplicates`, share one; answer their indices."""
+    rows = [(str(number), text) for number, text in enumerate(texts)]
+    group = list(range(len(texts)))  # of each text the first of its group, or one on the way there
+
+    def first(number: int) -> int:
+        while group[number] != number:
+            number = group[number]
+        return number
+
+    for number, near in _near_pairs(rows, rows, width, threshold):
+        one, other = first(number), first(int(near.other))
+        group[max(one, other)] = min(one, other)
+    found: dict[int, list[int]] = defaultdict(list)
+    for number in range(len(texts)):
+        found[first(number)].append(number)
+    return list(found.values())
+
+
+def _near_pairs(
+    rows: Sequence[tuple[str, str]], others: Iterable[tuple[str, str]], width: int, threshold: float
+) -> Iterator[tuple[int, Near]]:
+    """All pairs that are near, each with the index of the row."""
     sets = [_shingles(text, width) for _, text in rows]
     frequency = Counter(chain.from_iterable(sets))
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -146,15 +176,13 @@ def near_duplicates(
         rarest = sorted(shingles, key=lambda shingle: (frequency[shingle], shingle))
         for shingle in rarest[: len(shingles) - needed + 1]:
             holders[shingle].append(number)
-    nearest: dict[int, Near] = {}
     for place, text in others:
         shingles = _shingles(text, width)
         for number in {number for shingle in shingles & holders.keys() for number in holders[shingle]}:
             shared = len(shingles & sets[number])
             similarity = shared / (len(shingles) + len(sets[number]) - shared)
-            if similarity >= threshold and (number not in nearest or similarity > nearest[number].similarity):
-                nearest[number] = Near(rows[number][0], place, similarity)
-    return [nearest[number] for number in sorted(nearest)]
+            if similarity >= threshold:
+                yield number, Near(rows[number][0], place, similarity)
 
 
 def _shingles(text: str, width: int) -> set[tuple[str, ...]]:
@@ -176,7 +204,8 @@ def _keys(row: Pair | Labelled) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (prompt, answer, str(row.desirable)), (prompt, answer, str(not row.desirable))
 
 
-def _prompt_text(row: Pair | Labelled) -> str:
+def prompt_text(row: Pair | Labelled) -> str:
+    """What is asked: the prompt's messages but the system's, a line each."""
     return "\n".join(message["content"] for message in row.prompt if message["role"] != "system")
 
 
@@ -184,7 +213,8 @@ def _length(answer: list[Message]) -> int:
     return sum(len(message["content"].strip()) for message in answer)
 
 
-def _lengths(rows: Sequence[Pair | Labelled]) -> Lengths | None:
+def lengths_of(rows: Sequence[Pair | Labelled]) -> Lengths | None:
+    """How often the better answer is the longer one; None where there are no rows, or none of one label."""
     pairs = [(_length(row.chosen), _length(row.rejected)) for row in rows if isinstance(row, Pair)]
     if pairs:
         chosen, rejected = np.array(pairs).T

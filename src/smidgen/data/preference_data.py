@@ -22,6 +22,7 @@ from smidgen.data.preference_rows import (
     PairRows,
     label_pieces,
     labelled_example,
+    mismatch,
     pair_examples,
     pair_pieces,
 )
@@ -163,13 +164,13 @@ def _tokenise(
     with no_garbage_collection():
         rows, reports = make_rows(files, lambda file: pieces(tokeniser, file.examples), progress)
     examples = [_example(row) for file in files for row in file.examples]
-    report = SetReport(reports, tokeniser.cuts, check.same_prompts(tokeniser, examples))
+    report = SetReport(reports, replace(tokeniser.cuts), check.same_prompts(tokeniser, examples))
     check.require_supervised(rows, report)
     check.require_stop(rows, stop_ids, tokenizer)
     check.require_one_bos(rows, tokeniser.encoder.bos)
     values = [{row.line: _value(row) for row in file.examples} for file in files]
     found = np.array([values[file][line] for file, line in zip(rows.file.tolist(), rows.line.tolist())])
-    return LabelledRows(rows, found) if labelled else PairRows(rows, found[::2]), report
+    return LabelledRows(rows, found, mismatch(rows)) if labelled else PairRows(rows, found[::2]), report
 
 
 def _example(row: Pair | Labelled) -> Example:

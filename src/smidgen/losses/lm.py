@@ -10,10 +10,12 @@ def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
     """Negative log-probability of each target token, in nats.
 
     Args:
-        logits: (N, V), any floating type; the sum over V is taken in float32.
+        logits: (N, V), any floating type; the sum over V is taken in float32 or wider.
         targets: (N,) int64.
 
     Returns:
-        (N,) float32, not averaged: `losses.reduce` says how.
+        (N,) of that type, not averaged: `losses.reduce` says how.
     """
-    return functional.cross_entropy(logits.float(), targets, reduction="none")
+    return functional.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none"
+    )

@@ -27,6 +27,7 @@ from smidgen.losses.answers import (
     log_ratio,
     per_token,
 )
+from smidgen.recipe import PreferenceRecipe
 
 
 def _margin(chosen: Answers, rejected: Answers) -> Tensor:
@@ -144,7 +145,7 @@ def orpo(chosen: Answers, rejected: Answers, *, beta: float = 0.1) -> Tensor:
     return -beta * logsigmoid(log_odds(chosen) - log_odds(rejected))
 
 
-def sft(chosen: Answers, rejected: Answers, *, mean_tokens: float | None = None) -> Tensor:
+def sft(chosen: Answers, rejected: Answers, *, mean_tokens: Tensor | float | None = None) -> Tensor:
     """-log p_w / `mean_tokens`, so that the mean over pairs is the mean over all tokens of chosen answers.
 
     mean_tokens: tokens of a chosen answer, mean over the update; None: these pairs are the whole update.
@@ -177,12 +178,13 @@ def kto(
     return weight * torch.sigmoid(sign * beta * (log_ratio(answers) - kl))
 
 
-def kto_kl(mismatched: Answers) -> Tensor:
+def kto_kl(total: Tensor, count: Tensor | float) -> Tensor:
     """KTO's estimate of KL(policy, reference): the mean log-ratio of answers to other prompts than theirs, at least 0.
 
-    A scalar without gradient.
+    Args:
+        total: the sum of these log-ratios over the whole update. count: how many they are.
     """
-    return log_ratio(mismatched).detach().mean().clamp(min=0)
+    return (total.detach() / count).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -309,7 +311,7 @@ class PreferenceLoss:
         self._first = next(row for name, row in rows.items() if name != "sft" or len(rows) == 1)
         self._beta = options.get("beta", self._first.options.get("beta", 1.0))
 
-    def __call__(self, chosen: Answers, rejected: Answers, *, mean_tokens: float | None = None) -> Tensor:
+    def __call__(self, chosen: Answers, rejected: Answers, *, mean_tokens: Tensor | float | None = None) -> Tensor:
         """The loss of each pair, (B,); `mean_tokens` as in `sft`."""
         pair = (chosen, rejected)
         if self.divergence != "reverse_kl":
@@ -326,6 +328,45 @@ class PreferenceLoss:
     def rewards(self, answers: Answers) -> Tensor:
         """The implicit reward of each answer under the first loss named, (B,), without gradient."""
         return self._beta * self._first.reward(answers).detach()
+
+
+def loss_of(recipe: PreferenceRecipe) -> PreferenceLoss:
+    """The loss that a recipe asks for.
+
+    Raises:
+        UsageError: options do not fit; see `PreferenceLoss`.
+    """
+    weights = recipe.loss_weights or [1.0] * len(recipe.loss_type)
+    losses = dict(zip(recipe.loss_type, weights))
+    if recipe.rpo_alpha:
+        losses["sft"] = recipe.rpo_alpha
+    named = {"tau": recipe.discopop_tau, "gamma": recipe.simpo_gamma}
+    named |= {name: getattr(recipe, name) for name in ("beta", "label_smoothing", "epsilon")}
+    options = {name: value for name, value in named.items() if value is not None}
+    return PreferenceLoss(losses, divergence=recipe.f_divergence_type, alpha=recipe.f_alpha_divergence_coef, **options)
+
+
+def problems_of(recipe: PreferenceRecipe) -> list[str]:
+    """What is wrong with the preference part of a recipe whose objective is dpo, a line each."""
+    names, weights = recipe.loss_type, recipe.loss_weights
+    problems = []
+    if len(set(names)) < len(names):
+        problems.append("loss_type: a loss is named twice")
+    if weights is not None and len(weights) != len(names):
+        problems.append(f"loss_weights: {len(weights)} weights for {len(names)} losses")
+    if recipe.rpo_alpha is not None and "sft" in names:
+        problems.append("rpo_alpha: 'sft' is among the losses already; keep one of the two")
+    if problems:
+        return problems
+    try:
+        loss = loss_of(recipe)
+    except UsageError as error:
+        return str(error).splitlines()
+    if not loss.needs_reference:
+        for name in ("ref_model", "precompute_ref_log_probs"):
+            if getattr(recipe, name):
+                problems.append(f"{name}: {', '.join(names)} needs no reference; remove it")
+    return problems
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

@@ -38,12 +38,12 @@ from smidgen.training.optimizers.states import Named, state_bytes, trainable
 from smidgen.training.processes import collect, gather_bytes, is_first, spread_like, world
 from smidgen.training.zero import Zero
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, OPTIMIZER, RANDOM, STATE = "weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
 
 # What a state must hold, beside what the run adds; the window is the loop's.
 _FIELDS = {"step": int, "processes": int, "budget": int, "random": list, "window": dict, "scaler": dict}
-_WINDOW = {"loss", "count", "tokens", "seconds"}
+_WINDOW = {"loss", "count", "tokens", "seconds", "metrics"}
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,22 @@ def latest(folder: Path) -> Checkpoint | None:
         if state.get("format") != FORMAT:
             raise UsageError(f"{path}: checkpoint format {shown(state.get('format'))}, this version reads {FORMAT}")
         wrong = [name for name, kind in _FIELDS.items() if not isinstance(state.get(name), kind)]
-        if not wrong and (state["window"].keys() != _WINDOW or not all(map(_is_number, state["window"].values()))):
+        if not wrong and not _is_window(state["window"]):
             wrong.append("window")
         if wrong:
             raise UsageError(f"{path / STATE}: damaged: {', '.join(wrong)} missing or of a wrong kind")
         return Checkpoint(path, state["step"], state)
     return None
+
+
+def _is_window(window: dict[str, Any]) -> bool:
+    if window.keys() != _WINDOW or not isinstance(window["metrics"], dict):
+        return False
+    pairs = window["metrics"].values()
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        return False
+    numbers = [value for name, value in window.items() if name != "metrics"]
+    return all(map(_is_number, [*numbers, *(number for pair in pairs for number in pair)]))
 
 
 def _is_number(value: object) -> bool:

@@ -25,31 +25,45 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from smidgen.adapters.base import Adapter
-from smidgen.data.packing import Batch, epoch_plan
-from smidgen.data.rows import TokenRows
+from smidgen.adapters.attach import penalties, schedules
+from smidgen.data.packing import epoch_plan
 from smidgen.errors import DataError, TrainingStopped, UsageError
 from smidgen.foreign import parse_json
 from smidgen.losses.reduce import mean_share
+from smidgen.proofs import wilson
 from smidgen.recipe import TrainRecipe
 from smidgen.training import checkpoint, processes, zero
+from smidgen.training.forgetting import Controls
 from smidgen.training.guards import BAD_UPDATES_IN_A_ROW, GradientGuard, Interrupted, first_bad_module
-from smidgen.training.objectives import Collating, Objective
+from smidgen.training.objectives import Collating, Losses, Objective
 from smidgen.training.optimizers import learning_rate, make_optimizer, updates_of
 from smidgen.training.optimizers.states import trainable
 from smidgen.training.progress import Progress
 from smidgen.training.start import Start
+from smidgen.training.watch import Watch
 from smidgen.training.zero import Zero
+
+# Metrics that are told with each step that is logged; all are in the log.
+ACCURACY = "rewards/accuracies"
+SHOWN = (ACCURACY, "rewards/margins")
 
 
 @dataclass
 class Window:
-    """What happened since the last logged step: the sums of losses and of the tokens they were averaged over."""
+    """What happened since the last logged step: the sums of losses and of the tokens they were averaged over.
+
+    metrics: of each metric of the objective the sum and the number of its values.
+    """
 
     loss: float = 0.0
     count: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric that had a value."""
+        return {name: total / count for name, (total, count) in self.metrics.items() if count}
 
 
 @dataclass
@@ -65,12 +79,14 @@ class Loop:
         autocast: the dtype of the arithmetic where the trained parameters are kept in a wider one; None: their own.
         learners: the tensors that are meant to learn, by name; None: those that need a gradient.
         start: tells after the first update what the time until then went to.
+        watch: looks at the policy when a step is logged and before a checkpoint, and may stop the run.
+        controls: what holds the training to what the model could before.
     """
 
     model: nn.Module
     objective: Objective
-    rows: TokenRows
-    held_out: TokenRows | None
+    rows: Any
+    held_out: Any
     train: TrainRecipe
     how: Collating
     seed: int
@@ -80,8 +96,10 @@ class Loop:
     autocast: torch.dtype | None = None
     learners: Mapping[str, nn.Parameter] | None = None
     start: Start | None = None
+    watch: Watch | None = None
+    controls: Controls | None = None
     step: int = field(default=0, init=False)
-    held_out_loss: float | None = field(default=None, init=False)  # as last evaluated
+    measured: dict[str, float] | None = field(default=None, init=False)  # of the held-out rows, as last evaluated
 
     def __post_init__(self) -> None:
         self.guard = GradientGuard(self.learners or trainable(self.model))
@@ -97,6 +115,8 @@ class Loop:
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=bool(halves))
         self.updates_per_epoch = math.ceil(len(self.rows) / self.train.batch_size)
         self.total = updates_of(self.train, len(self.rows))
+        for schedule in schedules(self.model):
+            schedule.begin(self.total, self.optimizer)
         self.window, self.bad, self.last_good = Window(), 0, 0
         self._asked_to_stop = False
 
@@ -113,7 +133,8 @@ class Loop:
         # What fits was chosen then; rows that are cut into other micro-batches round otherwise.
         self.how = replace(self.how, token_budget=found.state["budget"])
         if self.accelerator.is_main_process:
-            kept = [line for line in read_log(self.folder) if line["step"] <= self.step]
+            # What was measured at the end, without a loss, is measured again.
+            kept = [line for line in read_log(self.folder) if line["step"] <= self.step and "loss" in line]
             partial = self.folder / ".log.partial"
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(partial, self.folder / "log.jsonl")
@@ -131,6 +152,7 @@ class Loop:
             while self.step < self.total:
                 self._update(self._rows_of(self.step))
                 if self.train.save_steps and (self.step % self.train.save_steps == 0 or self.step == self.total):
+                    self._heed(self.watch.look() if self.watch else {})
                     self.save()
                 if processes.any_of(self._asked_to_stop, self.device):
                     folder = self.save()
@@ -149,8 +171,8 @@ class Loop:
         self.accelerator.wait_for_everyone()
         return written
 
-    def evaluate(self) -> float:
-        """The loss per supervised token of the held-out rows."""
+    def evaluate(self) -> dict[str, float]:
+        """The loss per value of the held-out rows, and the objective's metrics."""
         assert self.held_out is not None
         return evaluate(self.model, self.objective, self.held_out, self.how, self.accelerator, self.autocast)
 
@@ -169,36 +191,52 @@ class Loop:
             )
         return self._planned[1]
 
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            self.objective.prepare(self.model, batch)
+    def _loss(self, objective: Objective, batch: Any) -> Losses:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return self.objective.loss(self.model, batch)
+            return objective.loss(self.model, batch)
+
+    def _prepare(self, objective: Objective, batches: list[Any], *total: Any) -> list[Any]:
+        with torch.no_grad(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return objective.prepare(self.model, batches, *total)
+
+    def _add_gradients(
+        self, objective: Objective, rows: Any, update: Sequence[int], how: Collating
+    ) -> tuple[int, torch.Tensor]:
+        """Of the mean over the values of some rows; answer how many values they are, and the sums of `_sums`."""
+        together = self.zero is not None or processes.is_sharded(self.model)
+        batches, idle = _passes(together, objective, rows, update, how, self.accelerator, self.device)
+        mine = [sum(objective.count(batch) for batch in batches), sum(len(batch.rows) for batch in batches)]
+        count, computed = self._sum(torch.tensor(mine, device=self.device)).tolist()
+        assert computed == len(update), f"{computed} rows are computed of the {len(update)} of the update"
+        names = objective.metrics
+        sums = torch.zeros(1 + 2 * len(names), device=self.device)
+        for batch in self._prepare(objective, batches, self._sum):
+            values, _, metrics = self._loss(objective, batch)
+            share = mean_share(values, count)
+            self._backward(share)
+            sums += _sums(share, names, metrics)
+        for batch in self._prepare(objective, idle):
+            self._backward(0 * self._loss(objective, batch).values.sum())
+        return count, sums
 
     def _update(self, update: list[int]) -> None:
         begun = time.perf_counter()
-        together = self.zero is not None or processes.is_sharded(self.model)
-        place = (self.accelerator, self.device)
-        batches, idle = _passes(together, self.objective, self.rows, update, self.how, *place)
-        mine = [sum(self.objective.count(batch) for batch in batches), sum(len(batch.rows) for batch in batches)]
-        count, rows = self._sum(torch.tensor(mine, device=self.device)).tolist()
-        assert rows == len(update), f"{rows} rows are computed of the {len(update)} of the update"
-        loss = torch.zeros((), device=self.device)
+        names, tokens = self.objective.metrics, int(self.lengths[update].sum())
         self.optimizer.zero_grad()
-        for batch in batches:
-            values, _ = self._loss(batch)
-            share = mean_share(values, count)
-            self._backward(share)
-            loss += share.detach()
-        for batch in idle:
-            self._backward(0 * self._loss(batch)[0].sum())
+        count, sums = self._add_gradients(self.objective, self.rows, update, self.how)
+        controls = self.controls
+        if controls and (general := controls.draw(self.step, tokens)):
+            _, more = self._add_gradients(controls, general, range(len(general)), controls.how)
+            sums, names = torch.cat([sums, more[1:]]), (*names, *controls.metrics)
+            tokens += int(general.lengths.sum())
         shares = 1 if processes.is_sharded(self.model) else self.accelerator.num_processes
-        for penalty in self._penalties():
+        held = controls.penalties() if controls else []
+        for penalty in [*penalties(self.model), *held]:  # they are not part of the logged loss
             self._backward(penalty / shares)
         self._sum_gradients()
         self.scaler.unscale_(self.optimizer)
         norm = processes.whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.train.max_grad_norm))
-        loss_value, norm_value = self._sum(loss).item(), norm.item()
+        (loss_value, *totals), norm_value = self._sum(sums).tolist(), norm.item()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             self.scaler.update()
             self._skip(update, "loss" if not math.isfinite(loss_value) else "gradient")
@@ -210,17 +248,31 @@ class Loop:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
+        for schedule in schedules(self.model):
+            schedule.after_step(self.step, self.optimizer.state)
         self.bad, self.last_good = 0, self.step
         if self.start:
             self.start.spent("step")
             self.progress.say(self.start.line())
             self.start = None
-        tokens = int(self.lengths[update].sum())
         self.window.loss += loss_value * count
         self.window.count += count
         self.window.tokens += tokens
         self.window.seconds += time.perf_counter() - begun
+        for at, name in enumerate(names):
+            before = self.window.metrics.get(name, [0.0, 0.0])
+            self.window.metrics[name] = [before[0] + totals[2 * at], before[1] + totals[2 * at + 1]]
         self._tell(rate, norm_value)
+
+    def _heed(self, seen: dict[str, float]) -> None:
+        """Raises TrainingStopped if something is wrong with what the watch saw."""
+        if self.watch and (alarms := self.watch.alarms(seen)):
+            found = checkpoint.latest(self.folder / "checkpoints")
+            kept = f"last checkpoint: {found.folder}" if found else "no checkpoint was kept; set train.save_steps"
+            raise TrainingStopped(
+                f"stopped at step {self.step}: {'; '.join(alarms)}; {kept}. Lower train.learning_rate, or raise "
+                "preference.beta"
+            )
 
     def _backward(self, loss: torch.Tensor) -> None:
         if self.zero:
@@ -235,11 +287,6 @@ class Loop:
         else:
             processes.sum_gradients(self.parameters.values())
 
-    def _penalties(self) -> list[torch.Tensor]:
-        """The terms that adapters add to the loss of an update; they are not part of the logged loss."""
-        adapters = (module for module in self.model.modules() if isinstance(module, Adapter))
-        return [penalty for adapter in adapters if (penalty := adapter.penalty()) is not None]
-
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, self.accelerator.reduce(tensor))  # over all processes
 
@@ -253,14 +300,27 @@ class Loop:
         if not (evaluated or last or self.step % self.train.logging_steps == 0):
             return
         line = {"step": self.step, "loss": window.loss / max(1, window.count), "lr": rate, "grad_norm": norm}
-        line["tokens_per_second"] = round(speed, 1)
+        line |= {"tokens_per_second": round(speed, 1)} | window.means()
+        seen = self.watch.look() if self.watch else {}
+        line |= seen
+        if self.watch and self.watch.samples_due(self.step):
+            line |= self.watch.sample(self.step)
         text = f"{self.progress.state(self.step, speed)}  loss {line['loss']:.4f}  lr {rate:.2e}  norm {norm:.2f}"
+        shown = [name for name in SHOWN if name in line]
+        text += "".join(f"  {name.rpartition('/')[2]} {line[name]:.3g}" for name in shown)
         if evaluated:
-            line["eval_loss"] = self.held_out_loss = self.evaluate()
+            self.measured = self.evaluate()
+            line |= {f"eval_{name}": value for name, value in self.measured.items()}
             text += f"  held-out {line['eval_loss']:.4f}"
         self.window = Window()
         if self.accelerator.is_main_process:
             self.progress.say(text)
+        self.log(line)
+        self._heed(seen)
+
+    def log(self, line: Mapping[str, float]) -> None:
+        """Write a line to the log, and tell the trackers."""
+        if self.accelerator.is_main_process:
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
         self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.step)
@@ -290,8 +350,8 @@ class Loop:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             for index in update:
                 (batch,) = self.objective.collate(self.rows, [index], self.how)
-                batch = batch.to(self.device)
-                loss = self._loss(batch)[0].sum()
+                (batch,) = self._prepare(self.objective, [batch.to(self.device)])
+                loss = self._loss(self.objective, batch).values.sum()
                 if not (loss.isfinite() and all(grad.isfinite().all() for grad in self._gradients(loss))):
                     bad.append(index)
                     module = module or self._first_bad_module(batch, loss)
@@ -307,10 +367,10 @@ class Loop:
             found = [parameter.grad for parameter in self.parameters.values()]
         return [grad for grad in found if grad is not None]
 
-    def _first_bad_module(self, batch: Batch, loss: torch.Tensor) -> str:
+    def _first_bad_module(self, batch: Any, loss: torch.Tensor) -> str:
         if self.zero and loss.isfinite():
             return "in the backward pass"  # DeepSpeed's hooks hide where
-        return first_bad_module(self.model, lambda: self._loss(batch)[0].sum())
+        return first_bad_module(self.model, lambda: self._loss(self.objective, batch).values.sum())
 
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:
@@ -338,43 +398,60 @@ class Loop:
 def evaluate(
     model: nn.Module,
     objective: Objective,
-    rows: TokenRows,
+    rows: Any,
     how: Collating,
     accelerator: Accelerator,
     autocast: torch.dtype | None = None,
-) -> float:
-    """The loss per value (for language modelling: per supervised token) of all `rows`; no logits are kept."""
+) -> dict[str, float]:
+    """The `loss` per value (for language modelling: per supervised token) of all `rows`, and the objective's metrics.
+
+    A share of right answers has its 95 % interval beside it, `.low` and `.high`. No logits are kept.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    names = ("loss", *objective.metrics)
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.zeros(2 * len(names), dtype=wide, device=device)
     order = np.argsort(rows.lengths, kind="stable").tolist()
     chunk = 256  # rows: few enough to hold their micro-batches, enough to fill them
     for start in range(0, len(order), chunk):
         indices, together = order[start : start + chunk], processes.is_sharded(model)
         batches, idle = _passes(together, objective, rows, indices, how, accelerator, device)
-        for number, batch in enumerate(batches + idle):
-            with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                objective.prepare(model, batch)
-                values, _ = objective.loss(model, batch)
-            if number < len(batches):
-                total += values.sum().item()
-                count += len(values)
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            for batch in objective.prepare(model, batches, lambda tensor: cast(Any, accelerator.reduce(tensor))):
+                values, _, metrics = objective.loss(model, batch)
+                sums += _sums(None, names, {"loss": values, **metrics}).to(wide)
+            for batch in objective.prepare(model, idle):
+                objective.loss(model, batch)
     model.train(was_training)
-    both = torch.tensor([total, count], dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    total, count = cast(torch.Tensor, accelerator.reduce(both)).tolist()
-    return total / count
+    found = cast(torch.Tensor, accelerator.reduce(sums)).tolist()
+    measured = {name: found[2 * at] / found[2 * at + 1] for at, name in enumerate(names) if found[2 * at + 1]}
+    if ACCURACY in measured:
+        at = 2 * names.index(ACCURACY)
+        low, high = wilson(round(found[at]), round(found[at + 1]))
+        measured |= {f"{ACCURACY}.low": low, f"{ACCURACY}.high": high}
+    return measured
+
+
+def _sums(share: torch.Tensor | None, names: Sequence[str], metrics: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The share of a loss, if there is one, then of each metric the sum and the number of its values."""
+    parts = [] if share is None else [share.detach().float()]
+    for name in names:
+        values = metrics[name].float()
+        parts += [values.sum(), values.new_tensor(len(values))]
+    return torch.stack(parts)
 
 
 def _passes(
     together: bool,
     objective: Objective,
-    rows: TokenRows,
+    rows: Any,
     indices: Sequence[int],
     how: Collating,
     accelerator: Accelerator,
     device: torch.device,
-) -> tuple[list[Batch], list[Batch]]:
+) -> tuple[list[Any], list[Any]]:
     """The micro-batches of this process, and those that it computes to no effect, while others need it for theirs."""
     mine = indices[accelerator.process_index :: accelerator.num_processes]
     own = [batch.to(device) for batch in objective.collate(rows, mine, how)] if mine else []

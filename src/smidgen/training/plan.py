@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from smidgen.data.packing import Batch
-from smidgen.data.rows import TokenRows
 from smidgen.models.load import free_memory
 from smidgen.models.scores import vocabulary_size
 from smidgen.recipe import TrainRecipe
@@ -148,7 +147,7 @@ class LiveBytes(TorchDispatchMode):
 def probe(
     model: nn.Module,
     objective: Objective,
-    rows: TokenRows,
+    rows: Any,
     how: Collating,
     autocast: torch.dtype | None,
     tokens: int = PROBE_TOKENS,
@@ -178,10 +177,10 @@ def probe(
 def one_pass(model: nn.Module, objective: Objective, batch: Batch, autocast: torch.dtype | None) -> float:
     """Run forward and backward over a batch; answer the seconds."""
     begun = time.perf_counter()
-    with torch.no_grad():
-        objective.prepare(model, batch)
     with torch.autocast(batch.input_ids.device.type, autocast, enabled=autocast is not None):
-        loss = objective.loss(model, batch)[0].sum()
+        with torch.no_grad():
+            (batch,) = objective.prepare(model, [batch])
+        loss = objective.loss(model, batch).values.sum()
     loss.backward()
     loss.item()
     return time.perf_counter() - begun
@@ -200,16 +199,14 @@ def empty_gradients(model: nn.Module) -> Iterator[None]:
             parameter.grad = None
 
 
-def at_once(rows: TokenRows, how: Collating, batch_size: int) -> int:
+def at_once(rows: Any, how: Collating, batch_size: int) -> int:
     """The most tokens that a micro-batch may have."""
     longest = int(rows.lengths.max())
     most = max(longest, min(how.token_budget, batch_size * longest))
     return most if how.packing else most - most % longest
 
 
-def forecast(
-    model: nn.Module, taken: Probe, rows: TokenRows, how: Collating, train: TrainRecipe, updates: int
-) -> Forecast:
+def forecast(model: nn.Module, taken: Probe, rows: Any, how: Collating, train: TrainRecipe, updates: int) -> Forecast:
     """Scale a probe to a whole run of `updates` updates."""
     tokens = at_once(rows, how, train.batch_size)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -233,7 +230,7 @@ def forecast(
 
 
 def choose_budget(
-    model: nn.Module, taken: Probe, rows: TokenRows, how: Collating, train: TrainRecipe, updates: int
+    model: nn.Module, taken: Probe, rows: Any, how: Collating, train: TrainRecipe, updates: int
 ) -> Collating:
     """Halve the token budget until the forecast fits, but not below the longest row."""
     while how.token_budget > rows.lengths.max() and not forecast(model, taken, rows, how, train, updates).fits:
@@ -242,7 +239,7 @@ def choose_budget(
 
 
 def remedy(
-    model: nn.Module, taken: Probe, rows: TokenRows, how: Collating, train: TrainRecipe, updates: int, needed: int
+    model: nn.Module, taken: Probe, rows: Any, how: Collating, train: TrainRecipe, updates: int, needed: int
 ) -> str:
     """The smallest change of the recipe with which at most `needed` bytes are held beside the loaded model."""
     longest = int(rows.lengths.max())

@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +18,22 @@ from accelerate import Accelerator
 from torch import nn
 
 from smidgen.adapters.attach import weight_changes
-from smidgen.adapters.base import in_adapter
+from smidgen.adapters.base import Adapter, in_adapter
 from smidgen.adapters.files import adapter_state_dict
 from smidgen.data.conversations import conversation_ids
+from smidgen.data.preference_rows import LabelledRows, PairRows
 from smidgen.data.rows import TokenRow, TokenRows
+from smidgen.data.task_rows import TaskRow, TaskRows, answer_text
+from smidgen.data.tasks import STEP_LABELS
 from smidgen.models.fingerprint import fingerprint
 from smidgen.models.generate import generate_batch
+from smidgen.models.lineage import Lineage, hashes, weight_files
 from smidgen.models.load import stop_token_ids
-from smidgen.models.scores import row_losses
+from smidgen.models.rewards import told_scores
+from smidgen.models.tasks import labels_of, predict, recorded, recorded_losses
 from smidgen.proofs import RECORD_NAME, Check, lines
-from smidgen.training.loop import evaluate
+from smidgen.recipe_parts import REWARDS
+from smidgen.training.loop import ACCURACY, SHOWN, evaluate
 from smidgen.training.setup import Setup
 
 SAMPLES = 4
@@ -51,9 +58,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measured:
-    """The loss of the measured rows, and the answers to the prompts of the sample rows."""
+    """The loss of the measured rows, the objective's metrics, and the answers to the prompts of the sample rows."""
 
     loss: float
+    metrics: dict[str, float]
     answers: list[str]
 
 
@@ -77,18 +85,23 @@ class Proof:
         path.write_text(json.dumps({"passed": self.passed, **asdict(self)}, indent=2), encoding="utf-8")
 
 
-def measured_rows(setup: Setup) -> TokenRows:
+def measured_rows(setup: Setup) -> TokenRows | PairRows | LabelledRows | TaskRows:
     """The held-out rows; the first training rows where none are held out."""
     rows = setup.data.train
     return setup.data.eval or rows.select(np.arange(min(TRAIN_ROWS_MEASURED, len(rows))))
 
 
-def measure(setup: Setup, accelerator: Accelerator, loss: float | None = None) -> Measured:
-    """The loss of the measured rows (`loss`, where it is known) and the answers to the sample prompts, as it is now."""
+def measure(setup: Setup, accelerator: Accelerator, known: dict[str, float] | None = None) -> Measured:
+    """The losses of the measured rows (`known`, if they are) and the answers to the sample prompts, as it is now."""
     rows = measured_rows(setup)
-    if loss is None:
-        loss = evaluate(setup.model, setup.objective, rows, setup.how, accelerator)
-    split = [_split(row) for row in _samples(rows)]
+    found = dict(known or evaluate(setup.model, setup.objective, rows, setup.how, accelerator))
+    samples = _samples(rows.wanted)
+    if setup.recipe.objective in REWARDS:
+        return Measured(found.pop("loss"), found, [told_scores(setup.model, row) for row in samples])
+    if setup.recipe.task != "causal_lm":
+        answered = [(row, predict(setup.model, row, setup.recipe.task, setup.how.pad_id)) for row in samples]
+        return Measured(found.pop("loss"), found, [_answer(setup, row, answer) for row, answer in answered])
+    split = [_split(row) for row in samples]
     longest = max(len(reference) for _, reference in split)
     answers = generate_batch(
         setup.model,
@@ -96,29 +109,41 @@ def measure(setup: Setup, accelerator: Accelerator, loss: float | None = None) -
         [prompt for prompt, _ in split],
         max_new_tokens=min(SAMPLE_TOKENS, longest * 5 // 4 + 4),
         stop_ids=stop_token_ids(setup.model, setup.tokenizer),
+        images=[row.images for row in samples],
     )
-    return Measured(loss, [_text(setup, answer) for answer in answers])
+    return Measured(found.pop("loss"), found, [_text(setup, answer) for answer in answers])
 
 
 def samples_of(setup: Setup, before: Measured, after: Measured) -> list[Sample]:
     """The sample rows with the answers of both measurements."""
-    split = [_split(row) for row in _samples(measured_rows(setup))]
-    return [
-        Sample(_text(setup, prompt, special=False), _text(setup, reference), *answers)
-        for (prompt, reference), *answers in zip(split, before.answers, after.answers, strict=True)
-    ]
+    chosen = _samples(measured_rows(setup).wanted)
+    if setup.recipe.objective == "process_reward":
+        right = (answer_text(row, row.labels, "process_reward", setup.tokenizer, STEP_LABELS) for row in chosen)
+        told = [(_text(setup, row.input_ids.tolist()), text) for row, text in zip(chosen, right)]
+    elif setup.recipe.task == "causal_lm":
+        told = [
+            (_text(setup, prompt, special=False), _text(setup, reference)) for prompt, reference in map(_split, chosen)
+        ]
+    else:
+        told = [(_text(setup, row.input_ids.tolist()), _answer(setup, row, row.labels)) for row in chosen]
+    return [Sample(*texts, *answers) for texts, *answers in zip(told, before.answers, after.answers, strict=True)]
 
 
 # ---- the checks ----
 
 
-def check_loss(setup: Setup, before: float, after: float) -> Check:
-    """The tuned model has a lower loss on the measured rows than the base."""
-    rows = measured_rows(setup)
+def check_loss(setup: Setup, before: Measured, after: Measured) -> Check:
+    """The tuned model has a lower loss on the measured rows than at the start."""
+    rows, off, on = measured_rows(setup), before.loss, after.loss
     what = "held-out" if setup.data.eval else "training"
     state = "base {:.4f} -> tuned {:.4f}" if setup.trains_base else "adapter off {:.4f} -> on {:.4f}"
-    text = f"loss on {len(rows):,} {what} rows: {state.format(before, after)} ({100 * (after / before - 1):+.1f}%)"
-    return Check("loss", after < before, text, {"off": before, "on": after, "rows": len(rows), "kind": what})
+    text = f"loss on {len(rows):,} {what} rows: {state.format(off, on)} ({100 * (on / off - 1):+.1f}%)"
+    text += "".join(f"; {n} {before.metrics[n]:.3f} -> {after.metrics[n]:.3f}" for n in SHOWN if n in after.metrics)
+    if ACCURACY in after.metrics:
+        low, high = (100 * after.metrics[f"{ACCURACY}.{end}"] for end in ("low", "high"))
+        text += f"; accuracy {100 * after.metrics[ACCURACY]:.1f} % (95 % interval {low:.1f} to {high:.1f})"
+    kept = {"off": off, "on": on, "rows": len(rows), "kind": what}
+    return Check("loss", on < off, text, kept | {"metrics": {"off": before.metrics, "on": after.metrics}})
 
 
 def check_base(before: str, after: str) -> Check:
@@ -134,7 +159,9 @@ def snapshot(learners: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
 
 def check_moved(setup: Setup, start: Mapping[str, torch.Tensor], steps: int) -> Check:
     """Every trained tensor has another value than at the start, and the weights they act on moved by this much."""
-    learners = setup.learners
+    adapters = (module for module in setup.model.modules() if isinstance(module, Adapter))
+    spent = {parameter for adapter in adapters if adapter.is_idle() for parameter in adapter.parameters()}
+    learners = {name: tensor for name, tensor in setup.learners.items() if tensor not in spent}
     still = [
         name for name, tensor in learners.items() if torch.equal(_spread(tensor).to(start[name].dtype), start[name])
     ]
@@ -153,17 +180,18 @@ def check_moved(setup: Setup, start: Mapping[str, torch.Tensor], steps: int) -> 
     return Check("moved", not still, text, {"moved": moved, "tensors": len(learners), "ratio": median, "still": still})
 
 
-def write_record(setup: Setup, saved: Path, base: str) -> None:
+def write_record(setup: Setup, saved: Path, base: str, lineage: Lineage) -> None:
     """Write what a fresh process has to find again beside what was saved.
 
     Args:
         saved: the folder of the adapter or the model; the record goes into the run folder above it.
         base: the fingerprint of the base before the training.
+        lineage: what the run started from.
     """
-    rows = measured_rows(setup)
+    rows = measured_rows(setup).wanted
     shortest = np.argsort(rows.lengths, kind="stable")[:RECORDED_ROWS].tolist()
-    chosen = [(rows[i].input_ids.tolist(), rows[i].supervised.tolist()) for i in shortest]
-    losses = row_losses(setup.model, chosen)
+    chosen = [recorded(rows[i]) for i in shortest]
+    losses = recorded_losses(setup.model, chosen, setup.recipe.model_task)
     tokenizer = copy.deepcopy(setup.tokenizer)
     tokenizer.chat_template = setup.data.template or setup.tokenizer.chat_template
     tensors = setup.learners if setup.trains_base else adapter_state_dict(setup.model, setup.model.active_adapter)
@@ -176,12 +204,11 @@ def write_record(setup: Setup, saved: Path, base: str) -> None:
         "threads": torch.get_num_threads(),
         "tensors": len(tensors),
         "trained": list(setup.learners),
-        "rows": [
-            {"ids": ids, "supervised": learned, "loss": loss}
-            for (ids, learned), loss in zip(chosen, losses, strict=True)
-        ],
+        "task": setup.recipe.model_task,
+        "rows": [row | {"loss": loss} for row, loss in zip(chosen, losses, strict=True)],
         "conversations": conversation_ids(tokenizer),
-        "stop_tokens": sorted(stop_token_ids(setup.model, setup.tokenizer)),
+        "stop_tokens": sorted(stop_token_ids(setup.model, setup.tokenizer)) if setup.model.can_generate() else [],
+        "lineage": asdict(replace(lineage, files=hashes(weight_files(saved), saved.parent))),
     }
     (saved.parent / RECORD_NAME).write_text(json.dumps(record), encoding="utf-8")
 
@@ -210,7 +237,7 @@ def base_dtype(model: nn.Module) -> torch.dtype:
 # ---- rows and texts ----
 
 
-def _samples(rows: TokenRows) -> list[TokenRow]:
+def _samples(rows: Any) -> list[Any]:
     """Some rows, evenly spread, that can be continued: they have at least two tokens."""
     fit = (
         [index for index in range(len(rows)) if rows.lengths[index] >= 2]
@@ -229,6 +256,10 @@ def _split(row: TokenRow) -> tuple[list[int], list[int]]:
 
 def _text(setup: Setup, ids: list[int], special: bool = True) -> str:
     return setup.tokenizer.decode(ids, skip_special_tokens=special)
+
+
+def _answer(setup: Setup, row: TaskRow, answer: np.ndarray) -> str:
+    return answer_text(row, answer, setup.recipe.task, setup.tokenizer, labels_of(setup.model))
 
 
 def _spread(tensor: torch.Tensor) -> torch.Tensor:

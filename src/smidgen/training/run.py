@@ -3,10 +3,11 @@
     recipe.yaml        the recipe with every default written out
     environment.json   versions, machine, dtype
     log.jsonl          one line for each logged step
+    samples.jsonl      answers on the way beside those of the start, where `watch.samples_steps` asks for them
     checkpoints/       step-N, see `training.checkpoint`
     memory.json        bytes by what they were for: as forecast, and the peak as measured
     adapter/ or model/ what was trained, with the tokenizer, its chat template and the stop tokens
-    record.json        what `smidgen verify` has to find again from these files
+    record.json        what `smidgen verify` and `smidgen lineage` have to find again from these files
     proof.json         what was checked at the end, with numbers, and samples
 
 `smidgen train` adds ``report.html``, the same for people (`evaluation.report`).
@@ -15,42 +16,48 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.metadata
 import json
 import platform
 import shutil
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 
 from smidgen import threads
+from smidgen.data.rows import TokenRows
 from smidgen.errors import TrainingStopped, UsageError
 from smidgen.models.fingerprint import fingerprint
 from smidgen.models.fuse import fused
+from smidgen.models.lineage import Lineage, begin_lineage
 from smidgen.models.load import best_device, stop_token_ids
 from smidgen.models.save import save_complete
 from smidgen.recipe import Recipe, difference, load_recipe, recipe_hash
 from smidgen.registry import METHODS
 from smidgen.training import checkpoint, processes, proof, zero
+from smidgen.training.forgetting import Controls, General, check_kept, row_sums
 from smidgen.training.guards import check_disk, check_finite
 from smidgen.training.loop import Loop
 from smidgen.training.memory import PeakMemory, give_back, keep_freed, telling_out_of_memory
 from smidgen.training.optimizers import updates_of
 from smidgen.training.optimizers.states import is_paged, state_bytes
 from smidgen.training.plan import size_text
+from smidgen.training.preference import settle_reference
 from smidgen.training.setup import Say, Setup, make_trainable, plan, prepare
 from smidgen.training.start import Start
+from smidgen.training.watch import Watch, check_refusals, counted
 
 PARTS = (
     "recipe.yaml",
     "environment.json",
     "log.jsonl",
+    "samples.jsonl",
     "checkpoints",
     "adapter",
     "model",
@@ -82,7 +89,8 @@ def train(
     Args:
         resume: go on from the newest checkpoint in the run folder.
         overwrite: replace the run that is in the folder.
-        init_adapter: folder of an adapter to train further, instead of a new one of the recipe's.
+        init_adapter: folder of an adapter, or of the run that made it, to train further, instead of a new one of the
+            recipe's.
         start: what was spent before this call counts for the time of the first update; None: from this call on.
 
     Raises:
@@ -101,6 +109,8 @@ def train(
     _start_trackers(accelerator, recipe)
     if found and not init_adapter and found.state.get("init_adapter"):
         init_adapter = Path(found.state["init_adapter"])
+    if init_adapter and (init_adapter / "adapter").is_dir():
+        init_adapter /= "adapter"
     if not accelerator.is_main_process:
         say = _silent
     if accelerator.device.type == "cpu":
@@ -111,20 +121,23 @@ def train(
     start.spent("imports")
     with accelerator.main_process_first():  # what the first puts into the cache, the others find there
         setup = prepare(recipe, init_adapter, say, accelerator.device, start)
-    base = fingerprint(setup.model)
+    base, lineage = fingerprint(setup.model), begin_lineage(recipe, init_adapter, folder)
     before = proof.measure(setup, accelerator) if setup.trains_base else None
+    refused = counted(setup)
     make_trainable(setup, say)
     start.spent("adapter")
     if accelerator.num_processes > 1:
         processes.check_same_start(dict(setup.model.named_parameters()), accelerator.device)
         set_seed(recipe.seed, device_specific=True)  # each drops other units
     before_training = proof.snapshot(setup.learners)
+    general = setup.general
+    could = _general_losses(setup, general) if general else None
     with nullcontext() if recipe.train.fsdp else fused(setup.model, say):
         start.spent("kernels tried")
-        loop = _fit(setup, folder, accelerator, found, say, start)
+        loop = _fit(setup, folder, accelerator, found, lineage, say, start)
 
     # Rounding changes what was evaluated last, training is over otherwise.
-    known = None if setup.autocast else loop.held_out_loss
+    known = None if setup.autocast else loop.measured
     _narrow(setup)
     saved = folder / ("model" if setup.trains_base else "adapter")
     if accelerator.is_main_process:
@@ -132,13 +145,19 @@ def train(
     accelerator.wait_for_everyone()
     after = proof.measure(setup, accelerator, known)
     if before is None:
-        with setup.model.disable_adapter():
+        with setup.objective.at_start(setup.model):
             before = proof.measure(setup, accelerator)
-    checks = [proof.check_loss(setup, before.loss, after.loss), proof.check_moved(setup, before_training, loop.total)]
+    checks = [proof.check_loss(setup, before, after), proof.check_moved(setup, before_training, loop.total)]
     if not setup.trains_base:
         checks.append(proof.check_base(base, fingerprint(setup.model)))
+    if general and could is not None:
+        kept = check_kept(general.eval, could, _general_losses(setup, general))
+        loop.log({"step": loop.step} | {f"general/{name}": value for name, value in kept.numbers.items()})
+        checks.append(kept)
+    if refused is not None:
+        checks.append(check_refusals(refused, counted(setup) or 0.0))
     if accelerator.is_main_process:
-        proof.write_record(setup, saved, base)
+        proof.write_record(setup, saved, base, lineage)
         say("verifying what was saved in a fresh process")
         checks += proof.verify_afresh(folder)
     result = proof.Proof(checks, proof.samples_of(setup, before, after))
@@ -155,6 +174,7 @@ def _fit(
     folder: Path,
     accelerator: Accelerator,
     found: checkpoint.Checkpoint | None,
+    lineage: Lineage,
     say: Say,
     start: Start,
 ) -> Loop:
@@ -163,9 +183,13 @@ def _fit(
         forecast = plan(setup, say)
     start.spent("forecast")
     _check_space(setup, folder)
-    loop = _loop(setup, folder, accelerator, start)
+    settle_reference(setup, say)
+    start.spent("reference")
+    loop = _loop(setup, folder, accelerator, lineage, start, _controls(setup, say))
     if found and found.state.get("data") != loop.state["data"]:
         raise UsageError(f"cannot resume: the training data changed since {found.folder} was written")
+    if found and found.state.get("parents") != loop.state["parents"]:
+        raise UsageError(f"cannot resume: the adapter that it started from changed since {found.folder} was written")
     if accelerator.is_main_process:
         _write_beginnings(setup, folder)
     if found:
@@ -259,13 +283,16 @@ def _check_space(setup: Setup, folder: Path) -> None:
     check_disk(folder, kept * checkpoint.size(setup.model, train.optim) + result + paged)
 
 
-def _loop(setup: Setup, folder: Path, accelerator: Accelerator, start: Start) -> Loop:
-    digests = setup.data.train.digest[setup.data.train.order]
+def _loop(
+    setup: Setup, folder: Path, accelerator: Accelerator, lineage: Lineage, start: Start, controls: Controls
+) -> Loop:
+    general = setup.general.train.fingerprint + setup.general.eval.fingerprint if setup.general else ""
     state = {
         "recipe_hash": recipe_hash(setup.recipe),
         "recipe": setup.recipe.to_dict(),
-        "data": hashlib.sha256(digests.tobytes()).hexdigest(),
+        "data": setup.data.train.fingerprint + general,
         "init_adapter": str(setup.init_adapter) if setup.init_adapter else None,
+        "parents": [parent.files for parent in lineage.parents],
     }
     if setup.recipe.train.fsdp:
         setup.skeleton = processes.shard(setup.model, accelerator.device)
@@ -283,7 +310,30 @@ def _loop(setup: Setup, folder: Path, accelerator: Accelerator, start: Start) ->
         autocast=setup.autocast,
         learners=setup.learners,
         start=start,
+        watch=_watch(setup, folder),
+        controls=controls,
     )
+
+
+def _controls(setup: Setup, say: Say) -> Controls:
+    section, rows = setup.recipe.general, setup.general.train if setup.general else None
+    controls = Controls(section, setup.model, rows, setup.how, setup.recipe.seed, setup.autocast)
+    if told := controls.told():
+        say(f"against forgetting: {told}")
+    return controls
+
+
+def _general_losses(setup: Setup, general: General) -> np.ndarray:
+    """Of each general row that is held out, as the model is now."""
+    return row_sums(setup.model, general.eval, setup.how, setup.autocast)
+
+
+def _watch(setup: Setup, folder: Path) -> Watch | None:
+    if setup.recipe.objective not in ("dpo", "kto"):
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = cast(TokenRows, proof.measured_rows(setup).wanted)
+    return Watch(setup.recipe.watch, setup.model, setup.tokenizer, rows, folder)
 
 
 def _narrow(setup: Setup) -> None:

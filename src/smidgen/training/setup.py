@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,15 +18,29 @@ from torch import nn
 
 from smidgen import kernels
 from smidgen.adapters.attach import adapters_of
-from smidgen.adapters.base import in_adapter
-from smidgen.data.prepare import Prepared, prepare_data
+from smidgen.adapters.base import OnModel, in_adapter
+from smidgen.adapters.config import PeftConfig, TaskType
+from smidgen.adapters.experts import untouched
+from smidgen.adapters.files import saved_labels
+from smidgen.adapters.init.measured import initialise_from
+from smidgen.adapters.init.taken import changes_base
+from smidgen.adapters.masks import score_weights
+from smidgen.adapters.methods.shira import ShiraConfig
+from smidgen.data.packing import epoch_plan
+from smidgen.data.preference_data import Preferences
+from smidgen.data.prepare import Prepared
+from smidgen.data.task_rows import prepare_task
+from smidgen.data.tasks import STEP_LABELS, TaskFiles, read_task
 from smidgen.data.templates import choose_template
 from smidgen.errors import DataError, UsageError
+from smidgen.models.images import image_inputs, projectors_of, reader_of, told_halves
 from smidgen.models.load import best_device, choose_dtype, load_as, load_model, stop_token_ids
-from smidgen.models.peft_model import PeftModel, get_peft_model
+from smidgen.models.peft_model import PeftModel, get_peft_model, method_of
 from smidgen.models.quantize import parameter_count
-from smidgen.models.resolve import cache_folder, resolve_model
+from smidgen.models.resolve import resolve_model
+from smidgen.models.rewards import HEADS
 from smidgen.models.scores import keeps_rows_apart
+from smidgen.models.tasks import classes_of, new_heads
 from smidgen.models.tokens import (
     extend_vocabulary,
     let_adapter_train,
@@ -37,7 +52,8 @@ from smidgen.models.tokens import (
 from smidgen.models.vocabulary import settle
 from smidgen.recipe import Recipe, adapter_config
 from smidgen.registry import METHODS
-from smidgen.training.objectives import OBJECTIVES, Collating, Objective
+from smidgen.training.forgetting import General, read_general
+from smidgen.training.objectives import Collating, Objective, objective_of, read_data
 from smidgen.training.optimizers import check_optimizer, updates_of
 from smidgen.training.plan import (
     PREFERRED_TOKENS,
@@ -66,13 +82,14 @@ class Setup:
     added: the ids of new tokens, each with those that its text had before.
     untrained: the ids of tokens in the data whose embedding the base never trained.
     skeleton: while the model is sharded: a copy without weights, to put it together again.
+    general: rows that tell what the model is to keep.
     """
 
     recipe: Recipe
     base: Path
     model: Any
     tokenizer: Any
-    data: Prepared
+    data: Prepared | Preferences
     objective: Objective
     how: Collating
     init_adapter: Path | None = None
@@ -80,6 +97,7 @@ class Setup:
     added: dict[int, list[int]] = field(default_factory=dict)
     untrained: list[int] = field(default_factory=list)
     skeleton: Any = None
+    general: General | None = None
 
     @property
     def method(self) -> Any:
@@ -93,8 +111,10 @@ class Setup:
 
     @property
     def learners(self) -> dict[str, nn.Parameter]:
-        """The tensors that are meant to learn, by name: also those of an adapter that do not need a gradient."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad or in_adapter(name)}
+        """The tensors that are meant to learn, by name: also those of the adapter that do not need a gradient."""
+        own = None if self.trains_base else self.model.active_adapter
+        named = self.model.named_parameters()
+        return {name: p for name, p in named if p.requires_grad or (own and in_adapter(name, own))}
 
 
 def prepare(
@@ -116,41 +136,72 @@ def prepare(
         # A model that is to be sharded may be too large for one device: loaded beside it, it moves there in parts.
         check_shardable(base)
         dtype, loading = str(choose_dtype(dtype, device)[0]).removeprefix("torch."), torch.device("cpu")
-    model, tokenizer = load_model(base, **load_as(recipe, dtype, device), device=loading, say=say)
+    files, labels = read_labels(recipe, base, init_adapter)
+    model, tokenizer = load_model(base, **load_as(recipe, dtype, device), labels=labels, device=loading, say=say)
+    if heads := new_heads(model):
+        say(f"new: {', '.join(heads)}, made at random; trained and saved with the rest")
     added = extend_vocabulary(model, tokenizer, recipe.data, init_adapter, say)
     if recipe.data.template:
         tokenizer.chat_template = choose_template(tokenizer, recipe.data.template, "").text
     model = place(model, device)
     start = start or Start()
     start.spent("model")
-    data = prepare_data(
-        recipe.data,
-        tokenizer,
-        objective=recipe.objective,
-        seed=recipe.seed,
-        cache_dir=cache_folder() / "tokens",
-        stop_ids=stop_token_ids(model, tokenizer),
-        progress=say,
-    )
-    for line in data.report.lines():
+    reader = reader_of(model)
+    if files:
+        steps = recipe.objective == "process_reward"
+        task, names = ("process_reward", STEP_LABELS) if steps else (recipe.task, labels)
+        data = prepare_task(files, recipe.data, task, tokenizer, names, say)
+    else:
+        data = read_data(recipe, tokenizer, stop_token_ids(model, tokenizer), say, reader)
+    for line in [*data.report.lines(), *(data.audit.lines() if isinstance(data, Preferences) else [])]:
         say(line)
-    packing = _packing(recipe.data.packing, model, say)
+    general = read_general(recipe, tokenizer, stop_token_ids(model, tokenizer), say)
+    method = METHODS[recipe.adapter["method"]].load()
+    if init_adapter:
+        method = method_of(PeftConfig.from_pretrained(init_adapter))
+    images = bool(data.train.rows.images or (data.eval and data.eval.rows.images))
+    if images and issubclass(method, OnModel):
+        raise DataError(f"data: rows have images, and {method.__name__} stands around the tokens alone; take lora")
+    packing = recipe.model_task == "causal_lm" and _packing(recipe.data.packing, model, method, images, say)
     preferred = recipe.train.micro_batch_tokens or PREFERRED_TOKENS[model.device.type]
     how = Collating(max(preferred, int(data.train.lengths.max())), packing, cast(int, tokenizer.pad_token_id))
-    setup = Setup(recipe, base, model, tokenizer, data, OBJECTIVES[recipe.objective](), how, init_adapter)
-    setup.added, setup.untrained = added, untrained_tokens(model, tokenizer, data.train.ids.tolist())
+    setup = Setup(recipe, base, model, tokenizer, data, objective_of(recipe), how, init_adapter, general=general)
+    used = set(data.train.rows.ids.tolist()) - {reader.token_id if reader else None}  # images take that token's place
+    setup.added, setup.untrained = added, untrained_tokens(model, tokenizer, used)
     start.spent("data")
     return setup
 
 
-def _packing(asked: bool | None, model: Any, say: Say) -> bool:
+def read_labels(recipe: Recipe, base: Path, init_adapter: Path | None) -> tuple[TaskFiles | None, Sequence[str]]:
+    """Read the rows of a task with labels, and choose the order of the classes.
+
+    It is that of the adapter that is trained further; else that of the base, where it knows all labels of the data;
+    else the sorted names.
+    """
+    if recipe.objective in HEADS:
+        steps = recipe.objective == "process_reward"
+        return read_task(recipe.data, recipe.objective, recipe.seed) if steps else None, [HEADS[recipe.objective]]
+    if recipe.task == "causal_lm":
+        return None, ()
+    files = read_task(recipe.data, recipe.task, recipe.seed)
+    known = saved_labels(init_adapter) if init_adapter else classes_of(base)
+    return files, known if init_adapter or set(files.labels) <= set(known) else files.labels
+
+
+def _packing(asked: bool | None, model: Any, method: Any, images: bool, say: Say) -> bool:
     """Whether rows share sequences: by themselves where attention pays for no more than each row by itself.
 
     Raises:
-        DataError: it is asked for, and the model mixes such rows.
+        DataError: it is asked for, and the model mixes such rows, or rows have images.
     """
+    if asked and images:
+        raise DataError("data.packing: rows with images are not packed; leave it out")
     if asked is not None:
         packing, reason = asked, "as asked"
+    elif images:
+        packing, reason = False, "rows have images"
+    elif issubclass(method, OnModel):
+        packing, reason = False, "this method stands around whole rows"
     elif model.device.type == "cpu" and kernels.instruction_set() != "reference":
         packing, reason = True, "attention computes each row by itself"
     else:
@@ -178,11 +229,24 @@ def make_trainable(setup: Setup, say: Say) -> None:
             tell_adapter_lacks(model, setup.tokenizer, setup.untrained, say)
         else:
             config = adapter_config(recipe.adapter)
+            if config.modules_to_save is None and not issubclass(setup.method, OnModel):
+                config.modules_to_save = projectors_of(model) or None
+            if recipe.model_task != "causal_lm":
+                config.task_type = TaskType(recipe.model_task.upper())
+                config.modules_to_save = [*(config.modules_to_save or ()), *new_heads(model)] or None
+            if getattr(config, "is_measured", False):
+                _measure_start(setup, config, say)
             let_adapter_train(model, setup.tokenizer, setup.method, config, setup.added, setup.untrained, say)
             get_peft_model(model, config)
             start_rows(model, {**dict.fromkeys(setup.untrained, ()), **setup.added})
-        counts = Counter(path.rpartition(".")[2] for path, _ in adapters_of(model, model.active_adapter))
+        counts = Counter(
+            path.rpartition(".")[2] or "the whole model" for path, _ in adapters_of(model, model.active_adapter)
+        )
         say(f"targets: {', '.join(f'{name} {count}' for name, count in counts.items())}")
+        if left := untouched(model, model.active_adapters):
+            say(left)
+    for line in told_halves(model):
+        say(line)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = parameter_count(model)
     say(f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%)")
@@ -190,14 +254,48 @@ def make_trainable(setup: Setup, say: Say) -> None:
         checkpoint_layers(model)
 
 
+def _measure_start(setup: Setup, config: Any, say: Say) -> None:
+    """Compute how an adapter starts from the first micro-batches of the training data, or from the base's own files.
+
+    For SHiRA that is which entries it trains.
+
+    Raises:
+        UsageError: the start stores the base anew, or cannot be computed.
+    """
+    if changes_base(config):
+        raise UsageError(
+            "adapter.loftq_config.loftq_iter: more than 1 stores the base anew, and a run saves the adapter alone; "
+            "take 1"
+        )
+    rows, train = setup.data.train, setup.recipe.train
+    updates = epoch_plan(rows.lengths, train.batch_size, seed=setup.recipe.seed, epoch=0, grouped=False)
+    batches = (batch for update in updates for batch in setup.objective.collate(rows, update, setup.how))
+    names = ("input_ids", "labels", "attention_mask", "position_ids")
+    arguments = []
+    if getattr(config, "init_lora_weights", None) != "loftq":
+        for batch in islice(batches, config.init_batches):
+            tensors = vars(batch.to(setup.model.device))
+            arguments.append({name: tensors[name] for name in names if tensors[name] is not None})
+            if batch.images:
+                arguments[-1] |= image_inputs(setup.model, batch.images)
+    if isinstance(config, ShiraConfig):
+        config.scores = score_weights(setup.model, config, arguments)
+        say(f"mask: {config.mask_type} from {len(arguments)} batches")
+    else:
+        initialise_from(setup.model, config, arguments, setup.base, say)
+
+
 def free_base(model: nn.Module, method: Any, config: Any) -> torch.dtype | None:
-    """Let the base parameters that a method selects be trained, in float32.
+    """Let the base parameters that a method selects, and new heads, be trained, in float32.
 
     Returns:
         The dtype of the arithmetic, where that is another one: small steps vanish in 16 bits, so what is trained is
         kept in 32, and the arithmetic stays as it was.
     """
     autocast, chosen = None, set(method.select(model, config))
+    chosen |= {
+        f"{head}.{name}" for head in new_heads(model) for name, _ in model.get_submodule(head).named_parameters()
+    }
     for name, parameter in model.named_parameters():
         if name in chosen:
             if parameter.dtype != torch.float32:
@@ -221,6 +319,7 @@ def plan(setup: Setup, say: Say) -> Forecast:
     """
     if not any(parameter.requires_grad for parameter in setup.model.parameters()):
         raise UsageError("0 trainable parameters: nothing would be learned")
+    setup.objective.begin(setup.model, as_base=not (setup.init_adapter or setup.added or setup.untrained))
     train, rows = setup.recipe.train, setup.data.train
     updates = updates_of(train, len(rows))
     # Copies of trained weights and their gradients do not grow with the tokens: then the pass is as large as the run's.

@@ -27,9 +27,10 @@ from smidgen.models.fuse import fused
 from smidgen.models.peft_model import get_peft_model
 from smidgen.models.scores import learned, losses_at, vocabulary_size
 from smidgen.models.shapes import layer_count, linear_weights, model_of, with_layers
-from smidgen.recipe import Optimizer, Recipe, adapter_config
+from smidgen.recipe import Recipe, adapter_config
+from smidgen.recipe_parts import Optimizer
 from smidgen.registry import METHODS
-from smidgen.training.objectives import OBJECTIVES, Collating
+from smidgen.training.objectives import Collating, Objective
 from smidgen.training.optimizers.states import held_bytes
 from smidgen.training.plan import LiveBytes, empty_gradients, one_pass
 from smidgen.training.setup import checkpoint_layers, free_base
@@ -139,7 +140,7 @@ def grow(config: Any, recipe: Recipe, dtype: torch.dtype, rows: tuple[int, float
 
 
 def _lived(config: Any, recipe: Recipe, dtype: torch.dtype, rows: TokenRows, real: bool) -> Lived:
-    objective = OBJECTIVES[recipe.objective]()
+    objective = Objective()  # others pass the same tokens through the same layers
     batch = objective.collate(rows, range(len(rows)), Collating(len(rows.ids), False, 0))[0]
     at = learned(batch)
     with nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True):
@@ -188,7 +189,7 @@ def _make_trainable(model: Any, recipe: Recipe, layers: int | None = None) -> to
     """
     method, config = METHODS[recipe.adapter["method"]].load(), adapter_config(recipe.adapter)
     small = {"layers_to_transform": None, "num_layers": layers} if layers else {}
-    for name, value in ({"init_lora_weights": True} | small).items():
+    for name, value in ({"init_lora_weights": True, "mask_type": "random"} | small).items():
         if hasattr(config, name):
             setattr(config, name, value)
     model.requires_grad_(False)

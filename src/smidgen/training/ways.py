@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from smidgen.data.prepare import prepare_data
 from smidgen.data.templates import choose_template
 from smidgen.errors import SmidgenError
-from smidgen.models.resolve import cache_folder, resolve_model
+from smidgen.models.resolve import resolve_model
 from smidgen.models.shapes import Described, describe_model
 from smidgen.recipe import Recipe
 from smidgen.registry import METHODS
+from smidgen.training import objectives
 from smidgen.training.devices import Device, find_device
 from smidgen.training.memory import give_back, held
 from smidgen.training.optimizers import updates_of
@@ -60,14 +60,7 @@ def read_data(recipe: Recipe, model: Described, say: Say) -> Rows:
         try:
             if recipe.data.template:
                 model.tokenizer.chat_template = choose_template(model.tokenizer, recipe.data.template, "").text
-            train = prepare_data(
-                recipe.data,
-                model.tokenizer,
-                objective=recipe.objective,
-                seed=recipe.seed,
-                cache_dir=cache_folder() / "tokens",
-                stop_ids=model.stops,
-            ).train
+            train = objectives.read_data(recipe, model.tokenizer, model.stops).train
             learned = float(train.supervised_counts.sum() / max(1, train.lengths.sum()))
             return Rows(int(train.lengths.max()), learned, float(train.lengths.mean()), len(train))
         except SmidgenError as error:

@@ -16,7 +16,7 @@ from smidgen.adapters.methods.lora import LoraConfig
 from smidgen.errors import UsageError
 from smidgen.models.peft_model import get_peft_model
 from smidgen.quant.codes import dynamic_book
-from smidgen.recipe import Optimizer
+from smidgen.recipe_parts import Optimizer
 from smidgen.training import checkpoint
 from smidgen.training.loop import read_log
 from smidgen.training.optimizers import make_optimizer, sliced

@@ -33,7 +33,7 @@ def from_bitsandbytes(groups: list[dict[str, Any]], rate: float, optim: str, lay
     class Bitsandbytes(Named, base):
         def tensors(self) -> dict[str, Tensor]:
             return {
-                f"{name}.{what}": torch.as_tensor(self.state[parameter][_THEIRS[what]], dtype=like.dtype)
+                f"{name}.{what}": torch.as_tensor(self.state[parameter][_THEIRS.get(what, what)], dtype=like.dtype)
                 for name, parameter in self.named.items()
                 if parameter in self.state
                 for what, like in self.layout[name].items()
@@ -46,7 +46,8 @@ def from_bitsandbytes(groups: list[dict[str, Any]], rate: float, optim: str, lay
                     if f"{name}.step" in tensors:
                         self.init_state(group, parameter, number, index)
                         for what in self.layout[name].keys() - {"step"}:
-                            self.state[parameter][_THEIRS[what]].copy_(tensors[f"{name}.{what}"])
+                            own = self.state[parameter].setdefault(_THEIRS.get(what, what), torch.zeros_like(parameter))
+                            own.copy_(tensors[f"{name}.{what}"])
                         self.state[parameter]["step"] = int(tensors[f"{name}.step"])
 
     make: Any = Bitsandbytes

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from smidgen.adapters.attach import schedules
 from smidgen.training.optimizers.blockwise import BLOCK
 
 SMALLEST = 4096  # numbers: the states of smaller tensors stay in float32; the same in bitsandbytes
@@ -42,11 +43,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def layout_of(model: nn.Module, optim: str) -> Layout:
-    """The states of every trainable parameter.
+    """The states of every trainable parameter, with what adapters that follow the training keep of it.
 
     The embedding's states stay in float32: rows of rare tokens share blocks with frequent ones.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    statistics = {p: names for schedule in schedules(model) for p, names in schedule.statistics().items()}
     layout: Layout = {}
     for name, parameter in trainable(model).items():
         narrow = is_eight_bit(optim) and parameter.numel() >= SMALLEST and id(parameter) not in embeddings
@@ -55,6 +57,7 @@ def layout_of(model: nn.Module, optim: str) -> Layout:
             states[what] = _empty(shape, torch.uint8 if narrow else torch.float32)
             if narrow:
                 states[what + _ABSMAX] = _empty((-(-parameter.numel() // BLOCK),), torch.float32)
+        states |= {what: _empty(parameter.shape, torch.float32) for what in statistics.get(parameter, ())}
     return layout
 
 
