@@ -99,3 +99,22 @@ def test_errors_are_told_without_a_traceback(
     monkeypatch.setattr("sys.argv", ["smidgen", "--debug", "generate", "no-such-model", ASK])
     with pytest.raises(SmidgenError):
         main()
+
+
+def test_convert_and_extract(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert smidgen(monkeypatch, "convert", run, tmp_path / "converted", "--rank", "4") == 0
+    told = capsys.readouterr().out
+    assert "q_proj x2: rank 4 keeps 100.00% of the update's norm" in told and "same greedy tokens 8/8" in told
+    assert smidgen(monkeypatch, "merge", run, tmp_path / "merged", "--dtype", "float32") == 0
+    models = run.parent / "base", tmp_path / "merged"
+    assert smidgen(monkeypatch, "extract", *models, tmp_path / "out", "--rank", "4") == 0
+    assert "all x14: rank 4 keeps 100.00%" in capsys.readouterr().out
+    for folder in ("converted", "out"):
+        assert smidgen(monkeypatch, "generate", tmp_path / folder, ASK) == 0
+        assert capsys.readouterr().out == "blue\n"
+    assert smidgen(monkeypatch, "convert", run, tmp_path / "out") == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert smidgen(monkeypatch, "convert", run.parent / "base", tmp_path / "other") == 2
+    assert "no adapter in it to convert" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from smidgen.cli.options import Base, Force, adapter_switch
+from smidgen.errors import UsageError
 
 HELP = "/off and /on: a new talk without or with the adapter; /new: a new talk; /quit or Ctrl-D: leave"
 
@@ -32,6 +33,8 @@ def chat(
 
     off = adapter_switch(adapter)
     place = find(run, base)
+    if place.task != "causal_lm":
+        raise UsageError(f"a model for {place.task} does not talk; ask it with: smidgen generate {run} TEXT")
     model, tokenizer = open_model(place, force=force, say=typer.echo)
     system = system if system is not None else place.recipe.data.system if place.recipe else None
     start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []

@@ -28,7 +28,7 @@ def generate(
     base: Base = None,
     force: Force = False,
 ) -> None:
-    """Answer prompts, each answer printed in the order of the prompts."""
+    """Answer prompts, or classify them, in the order they came."""
     off = adapter_switch(adapter)
     asked = prompts or [line.rstrip("\n") for line in sys.stdin]
     if not any(text.strip() for text in asked):
@@ -42,6 +42,14 @@ def generate(
 
     place = find(run, base)
     model, tokenizer = open_model(place, force=force, say=lambda line: typer.echo(line, err=True))
+    if place.task != "causal_lm":
+        if off:
+            raise UsageError(f"--adapter off: the base alone was not trained for {place.task}; leave it out")
+        from smidgen.evaluation.tasks import told
+
+        for line in told(model, tokenizer, asked, place.task):
+            typer.echo(line)
+        return
     system = system if system is not None else place.recipe.data.system if place.recipe else None
 
     def encode(text: str) -> list[int]:

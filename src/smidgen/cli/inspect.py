@@ -53,7 +53,7 @@ def _show_adapter(folder: Path) -> None:
     from collections import defaultdict
 
     from smidgen.adapters.config import PeftConfig
-    from smidgen.adapters.files import KEY_PREFIX, WEIGHTS_NAME, read_adapter
+    from smidgen.adapters.files import KEY_PREFIX, read_adapter
     from smidgen.adapters.targets import count_names
 
     config = PeftConfig.from_pretrained(folder)
@@ -61,10 +61,12 @@ def _show_adapter(folder: Path) -> None:
     defaults = type(config)().to_dict()
     told = {"peft_type", "base_model_name_or_path", "inference_mode", "target_modules"}
     chosen = {key: value for key, value in config.to_dict().items() if key not in told and value != defaults[key]}
-    typer.echo(f"method: {config.peft_type.lower()}" + "".join(f", {key} {value}" for key, value in chosen.items()))
+    typer.echo(
+        f"method: {config.peft_type.lower()}" + "".join(f", {key} {shown(value)}" for key, value in chosen.items())
+    )
     fingerprint = metadata.get("base_fingerprint", "not recorded").partition("-")[0]
     typer.echo(f"base: {config.base_model_name_or_path or 'not named'} (fingerprint {fingerprint})")
-    size = (folder / WEIGHTS_NAME).stat().st_size / 1e6
+    size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
     typer.echo(
         f"size: {sum(t.numel() for t in tensors.values()):,} numbers in {len(tensors)} tensors, {dtypes}, {size:.1f} MB"

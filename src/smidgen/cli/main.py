@@ -21,7 +21,25 @@ import smidgen
 from smidgen import threads
 from smidgen.errors import SmidgenError, did_you_mean
 
-COMMANDS = ("train", "check", "plan", "evaluate", "chat", "generate", "merge", "verify", "methods", "inspect", "bench")
+COMMANDS = (
+    "train",
+    "check",
+    "plan",
+    "evaluate",
+    "score",
+    "chat",
+    "generate",
+    "merge",
+    "convert",
+    "extract",
+    "verify",
+    "lineage",
+    "flow",
+    "methods",
+    "inspect",
+    "readout",
+    "bench",
+)
 
 
 def summary(name: str) -> str:
@@ -79,7 +97,7 @@ def main() -> None:
     """Run the command that the arguments name, and leave with its exit code.
 
     0: done. 1: a failure, or a refusal. 2: the request itself is wrong, and nothing was changed or spent.
-    3: a guard stopped the training. 130: interrupted.
+    3: a guard stopped the training. 4: a gate of a flow does not hold. 130: interrupted.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and not stream.isatty():

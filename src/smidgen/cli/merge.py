@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +22,7 @@ def merge(
     ] = None,
     base: Base = None,
     force: Force = False,
-) -> None:
+) -> Any:
     """Merge an adapter into its base, proven to answer the same."""
     from smidgen.export.merge import BOUNDS, merge_to_folder
     from smidgen.models.open import find, open_model
@@ -37,5 +37,6 @@ def merge(
     if place.adapter is None:
         raise UsageError(f"{run}: there is no adapter in it to merge")
     model, tokenizer = open_model(place, "float32", force=force, say=typer.echo)
-    merge_to_folder(model, tokenizer, output, dtypes[dtype], typer.echo, quantize)
+    parity = merge_to_folder(model, tokenizer, output, dtypes[dtype], typer.echo, quantize, place)
     typer.echo(f"merged model: {output}")
+    return parity

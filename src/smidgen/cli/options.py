@@ -11,6 +11,7 @@ from smidgen.errors import UsageError
 # Options of every command that loads an adapter.
 Base: TypeAlias = Annotated[str | None, typer.Option(help="The base model, if it is not where the run says.")]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Load an adapter onto another base than its own.")]
+Rank: TypeAlias = Annotated[int, typer.Option(help="The rank of the LoRA adapter: higher keeps more.")]
 
 
 def adapter_switch(value: str) -> bool:

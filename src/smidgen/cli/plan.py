@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from smidgen.errors import UsageError
 from smidgen.recipe import load_recipe
 
 
@@ -24,6 +25,8 @@ def plan(
     checked, notes = load_recipe(recipe, overrides or [])
     for note in notes:
         typer.echo(f"note: {note}")
+    if checked.model_task != "causal_lm":
+        raise UsageError(f"plan knows language models; for 'task: {checked.task}' take: smidgen check {recipe}")
     from smidgen.training import run  # noqa: F401  (what a training imports counts among its libraries)
     from smidgen.training.plan import PARTS, duration, size_text
     from smidgen.training.ways import outlook_of, told

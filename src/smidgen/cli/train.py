@@ -19,7 +19,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
     init_adapter: Annotated[
-        Path | None, typer.Option("--init-adapter", help="Train the adapter of this folder further.")
+        Path | None, typer.Option("--init-adapter", help="Train the adapter of this folder, or of this run, further.")
     ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="How many processes share the training; on GPUs one for each.")
