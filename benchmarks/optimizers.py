@@ -31,7 +31,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from smidgen.errors import TrainingStopped
-from smidgen.recipe import Optimizer, TrainRecipe, load_recipe
+from smidgen.recipe import load_recipe
+from smidgen.recipe_parts import Optimizer, TrainRecipe
 from smidgen.training import checkpoint, proof, run
 from smidgen.training.memory import PeakMemory, held
 from smidgen.training.optimizers import make_optimizer

@@ -51,6 +51,12 @@ class TrainingStopped(SmidgenError):
     exit_code = 3
 
 
+class GateFailed(SmidgenError):
+    """A gate of a flow does not hold, or a proof in it failed; what was made so far is kept."""
+
+    exit_code = 4
+
+
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """Answer ``"; did you mean 'x'?"`` for the nearest spelling among `candidates`, or an empty string."""
     if len(word) > _LONGEST_WORD:

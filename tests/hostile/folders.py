@@ -452,7 +452,14 @@ _state(
 )
 _state("another format", "checkpoint format 99", format=99)
 _state("no format", "checkpoint format None", format=None)
-_state("a window of text", "damaged: window", window={"loss": "x", "count": 0, "tokens": 0, "seconds": 0})
+_state(
+    "a window of text", "damaged: window", window={"loss": "x", "count": 0, "tokens": 0, "seconds": 0, "metrics": {}}
+)
+_state(
+    "metrics of text",
+    "damaged: window",
+    window={"loss": 0, "count": 0, "tokens": 0, "seconds": 0, "metrics": {"a": "b"}},
+)
 _state("another window", "damaged: window", window={"x": 1})
 _state("a window of a list", "damaged: window", window=[])
 _state("processes of a list", "damaged: processes", processes=[])
