@@ -128,3 +128,15 @@ def write(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write_file
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}

@@ -1,4 +1,3 @@
-import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -9,8 +8,6 @@ from smidgen.data.audit import audit_preferences, near_duplicates, near_groups
 from smidgen.data.formats import FileRows
 from smidgen.data.preference import read_preferences
 from smidgen.data.read import read_rows
-
-DATA = Path(os.environ["SMIDGEN_TEST_DATA"]) / "data"
 
 
 def pairs(*texts: str, path: str = "t.jsonl") -> FileRows:
@@ -102,8 +99,8 @@ def test_near_duplicates_are_those_that_comparing_all_finds(width, threshold):
     assert expected or threshold == 1.0
 
 
-def test_truthfulqa_as_it_is():
-    path = DATA / "truthfulqa" / "pairs_derived.jsonl"
+def test_truthfulqa_as_it_is(test_data: Path):
+    path = test_data / "data" / "truthfulqa" / "pairs_derived.jsonl"
     found = read_preferences("pairs", read_rows(path))
     report = audit_preferences([found])
     lengths = [(len(pair.chosen[0]["content"]), len(pair.rejected[0]["content"])) for pair in found.examples]

@@ -2,18 +2,7 @@ import pytest
 
 from smidgen.data.formats import FORMATS, convert_rows, detect_format, named_format
 from smidgen.errors import DataError
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
+from tests.data.conftest import assistant, system, user
 
 
 def convert(*rows, **options):

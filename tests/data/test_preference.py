@@ -1,6 +1,4 @@
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -17,20 +15,7 @@ from smidgen.data.preference import (
 )
 from smidgen.data.read import read_rows
 from smidgen.errors import DataError
-
-DATA = Path(os.environ["SMIDGEN_TEST_DATA"]) / "data"
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
+from tests.data.conftest import assistant, system, user
 
 
 def human(text):
@@ -287,8 +272,8 @@ def test_of_an_example_the_answer_alone_is_learned():
         ("open_assistant_sample/en_100_tree.jsonl", "tree", 100, 0),
     ],
 )
-def test_files_as_they_are_found(file, name, rows, examples):
-    path = DATA / file
+def test_files_as_they_are_found(test_data, file, name, rows, examples):
+    path = test_data / "data" / file
     found = read_preferences(file, read_rows(path), labelled="kto" in file)
     assert found.format.name == name
     if name == "tree":

@@ -8,17 +8,10 @@ from smidgen.data.preference_rows import label_pieces, pair_pieces
 from smidgen.data.tokenise import CHUNK, Left
 from smidgen.errors import DataError
 from smidgen.recipe import DataRecipe, Source
+from tests.data.conftest import assistant, user
 from tests.data.test_tokenise import CHAT_FAMILIES, TOKENIZERS, tokeniser
 
 LLAMA = TOKENIZERS["llama3"]
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 def pair(prompt, chosen, rejected, line=1):
