@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -39,6 +39,12 @@ class LowRank(NamedTuple):
     p: float = 0.0  # share of the inputs that is dropped
     seed: int = 0
     first: int = 0  # of the outputs it is for, where one product stands for several layers
+
+    @classmethod
+    def drawn(cls, a: Tensor, b: Tensor, scaling: float, dropout: nn.Dropout) -> LowRank:
+        """The update under `dropout`. Its mask follows from a seed drawn as a mask is: a resumed run draws the same."""
+        p = dropout.p if dropout.training else 0.0
+        return cls(a, b, scaling, p, int(torch.randint(2**62, ())) if p else 0)
 
 
 class Linear(NamedTuple):

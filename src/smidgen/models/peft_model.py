@@ -422,18 +422,10 @@ class PeftModel(metaclass=_PeftModelType):
         Raises:
             AdapterFileError: as `AdaptedModel.load_adapter`; the model is as before.
         """
-        fresh = not isinstance(model, AdaptedModel)
-        adapted = _adaptable(model)
-        try:
+        with _attaching(model) as adapted:
             if config is not None:
                 adapted.add_adapter(adapter_name, config)
             adapted.load_adapter(model_id, adapter_name, is_trainable, **kwargs)
-        except Exception:
-            if fresh:
-                adapted.unload()
-            raise
-        if fresh:
-            _freeze_base(model)
         adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
         return adapted if is_trainable else adapted.eval()
 
@@ -455,19 +447,26 @@ def get_peft_model(
     Raises:
         TargetError: what the configuration asks for is not in the model; nothing was changed.
     """
+    with _attaching(model) as adapted:
+        peft_config.revision = revision or peft_config.revision
+        adapted.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+    adapted.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+    return adapted
+
+
+@contextmanager
+def _attaching(model: Any) -> Iterator[Any]:
+    """The model, made to take adapters: as before where the block fails; its base frozen where it had none."""
     fresh = not isinstance(model, AdaptedModel)
     adapted = _adaptable(model)
-    peft_config.revision = revision or peft_config.revision
     try:
-        adapted.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        yield adapted
     except Exception:
         if fresh:
             adapted.unload()
         raise
     if fresh:
         _freeze_base(model)
-    adapted.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-    return adapted
 
 
 def _adaptable(model: Any) -> Any:

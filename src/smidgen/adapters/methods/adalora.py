@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.adapters.base import Inner, Place, WeightAdapter
-from smidgen.adapters.config import PeftConfig
+from smidgen.adapters.config import TargetConfig, fraction
 from smidgen.adapters.layers import EmbeddingLayer
 from smidgen.adapters.methods.lora import LoraConfig
 from smidgen.adapters.ranks import RankBudget, schedule_problems
 from smidgen.adapters.targets import find_targets
 from smidgen.adapters.trained import plan_trained
-from smidgen.errors import TargetError, UsageError, raise_all
+from smidgen.errors import TargetError
 from smidgen.kernels.lora import LowRank, as_one, lora_linear
 
 _SPREAD = 0.02  # of A and B at the start
 
 
 @dataclass(kw_only=True)
-class AdaLoraConfig(PeftConfig):
+class AdaLoraConfig(TargetConfig):
     """The configuration of AdaLoRA. Names and meanings are those of Hugging Face adapter files.
 
     Args:
@@ -59,18 +59,9 @@ class AdaLoraConfig(PeftConfig):
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    fan_in_fan_out: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        problems = schedule_problems(self)
-        if not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout: must be from 0 to below 1, got {self.lora_dropout}")
-        raise_all(UsageError, problems)
+    def problems(self) -> list[str]:
+        return [*super().problems(), *schedule_problems(self), *fraction("lora_dropout", self.lora_dropout)]
 
 
 class AdaLora(WeightAdapter):
@@ -129,8 +120,7 @@ class AdaLora(WeightAdapter):
         return not (torch.ones(len(self.lora_E)) if self.kept is None else self.kept).any()
 
     def low_rank(self) -> LowRank:
-        p = self.dropout.p if self.training else 0.0
-        return LowRank(*self.factors(), self.scaling, p, int(torch.randint(2**62, ())) if p else 0)
+        return LowRank.drawn(*self.factors(), self.scaling, self.dropout)
 
     def penalty(self) -> Tensor | None:
         """orth_reg_weight times the mean over all A and B of ||A A^T - I|| and ||B^T B - I||."""

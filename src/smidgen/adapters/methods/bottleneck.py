@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters.base import Adapter, Inner, Place
 from smidgen.adapters.blocks import Met, Reader, blocks
-from smidgen.adapters.config import PeftConfig
+from smidgen.adapters.config import PeftConfig, fraction
 from smidgen.adapters.layers import layer_of, product
 from smidgen.adapters.trained import plan_trained
 from smidgen.errors import TargetError, UsageError, did_you_mean, raise_all
@@ -67,13 +67,11 @@ class BottleneckConfig(PeftConfig):
             raise UsageError(f"kind: no '{self.kind}'{hint} There are: {', '.join(_DEFAULTS)}.")
         for name, default in zip(("reduction_factor", "non_linearity", "scaling"), _DEFAULTS[self.kind], strict=True):
             setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
-        problems = []
+        problems = fraction("dropout", self.dropout)
         if not 0.01 <= (self.reduction_factor or 0) < 1e6:
             problems.append(f"reduction_factor: must be from 0.01 to a million, got {self.reduction_factor}")
         if self.non_linearity not in ACTIVATIONS:
             problems.append(f"non_linearity: '{self.non_linearity}' is none of {', '.join(ACTIVATIONS)}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout: must be from 0 to below 1, got {self.dropout}")
         raise_all(UsageError, problems)
 
 

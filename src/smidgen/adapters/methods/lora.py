@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from smidgen.adapters.base import Inner, Place
@@ -134,7 +133,4 @@ class Lora(LoraFactors):
         return rows and not self.beside_factors()
 
     def low_rank(self) -> LowRank:
-        p = self.dropout.p if self.training else 0.0
-        # The mask follows from the seed, which is drawn as a mask would be: a resumed run draws the same.
-        seed = int(torch.randint(2**62, ())) if p else 0
-        return LowRank(*self.factors(), self.scaling, p, seed)
+        return LowRank.drawn(*self.factors(), self.scaling, self.dropout)
