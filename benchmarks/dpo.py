@@ -60,6 +60,7 @@ def quiet(line: str) -> None:
 def ours(options: argparse.Namespace, reference: str, dropout: float, stack: ExitStack) -> Step:
     from smidgen.adapters.methods.lora import LoraConfig
     from smidgen.losses.reduce import mean_share
+    from smidgen.models.scores import shares_beginnings
     from smidgen.training.objectives import Collating
     from smidgen.training.preference import Preference
     from smidgen.training.reference import precompute
@@ -71,7 +72,8 @@ def ours(options: argparse.Namespace, reference: str, dropout: float, stack: Exi
     stack.enter_context(fused(model, quiet))
     objective = Preference(PreferenceLoss({"sigmoid": 1.0}, beta=BETA))
     objective.begin(model, as_base=True)
-    how = Collating(max(1024, int(pairs.lengths.max())), True, tokenizer.pad_token_id)
+    sharing = shares_beginnings(model)
+    how = Collating(max(1024, int(pairs.lengths.max())), True, tokenizer.pad_token_id, sharing)
     if reference == "before":
         pairs = precompute(model, objective, pairs, how, None, quiet)
     model.train()

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smidgen.data.packing import IGNORED, epoch_plan, micro_batches
+from smidgen.data.packing import IGNORED, batch_of, epoch_plan, micro_batches
 from smidgen.data.prepare import RowStore
 from smidgen.data.tokenise import Piece
 from smidgen.errors import DataError
@@ -69,7 +69,9 @@ def check_packed(batch, rows):
         assert batch.input_ids[0, part].tolist() == row.input_ids.tolist()
         assert batch.position_ids[0, part].tolist() == list(range(len(row.input_ids)))
         check_labels(batch.labels[0, part], row)
-    assert at == batch.input_ids.shape[1]
+    left = batch.input_ids.shape[1] - at
+    assert left < max(8, at / 16) and (batch.labels[0, at:] == IGNORED).all()
+    assert batch.position_ids[0, at:].tolist() == list(range(left))
 
 
 def check_padded(batch, rows):
@@ -97,13 +99,25 @@ def test_padding_and_packing_waste_little():
     random = np.random.default_rng(0)
     rows = make_rows(np.clip(random.lognormal(5, 0.7, 1000), 10, 1024).astype(int))
     total = rows.lengths.sum()
-    for packing, most in ((False, 1.03), (True, 1.0)):
+    for packing, most in ((False, 1.03), (True, 1.03)):
         spent = sum(
             batch.input_ids.numel()
             for update in epoch_plan(rows.lengths, 16, seed=1, epoch=0)
             for batch in micro_batches(rows, update, token_budget=4096, packing=packing, pad_id=0)
         )
         assert spent <= most * total
+
+
+def test_packed_batches_are_of_few_lengths():
+    random = np.random.default_rng(0)
+    rows = make_rows(random.integers(10, 200, 2000))
+    updates = epoch_plan(rows.lengths, 8, seed=1, epoch=0)
+    found = {
+        batch.input_ids.numel()
+        for update in updates
+        for batch in micro_batches(rows, update, token_budget=1024, packing=True, pad_id=0)
+    }
+    assert len(found) <= 16 * 4 < len(updates)  # from 64 to 1,024 tokens
 
 
 def test_best_fit_fills_the_fullest_that_has_room():
@@ -122,3 +136,37 @@ def test_a_batch_moves_with_its_tensors():
     moved = batch.to("meta")
     assert moved.input_ids.device == moved.position_ids.device == torch.device("meta")
     assert (moved.attention_mask, moved.rows, moved.supervised) == (None, batch.rows, batch.supervised)
+
+
+begun = st.tuples(st.lists(st.integers(1, 3), max_size=12), st.lists(st.integers(4, 6), min_size=2, max_size=4))
+
+
+@settings(max_examples=150, deadline=None)
+@given(parts=st.lists(begun, min_size=1, max_size=12))
+def test_what_rows_begin_with_stands_once(parts):
+    store = RowStore()
+    store.add(0, [Piece(p + a, [(len(p), len(p + a))], line, 0) for line, (p, a) in enumerate(parts)])
+    rows = store.rows(["d.jsonl"])
+    plain, batch = (
+        batch_of([*rows], range(len(rows)), packing=True, pad_id=0, sharing=sharing) for sharing in (False, True)
+    )
+    whole = batch.whole()
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(getattr(whole, name), getattr(plain, name))
+    fewest = len({tuple(p[:end]) for p, _ in parts for end in range(1, len(p) + 1)}) + sum(len(a) for _, a in parts)
+    if batch.branches is None:
+        assert fewest > 0.95 * plain.input_ids.numel()
+        return
+    assert batch.input_ids.numel() == fewest < plain.input_ids.numel()
+    assert batch.supervised == plain.supervised and batch.rows == plain.rows
+    branches, values = batch.branches, torch.randn(plain.input_ids.numel(), 2, 3)
+    out = torch.empty(fewest, 2, 3)
+    branches.spread.summed(values, out)
+    expected = torch.zeros_like(out).index_add_(0, branches.spread.tokens, values)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(branches.spread.tokens[branches.spread.kept], torch.arange(fewest))
+    follows = branches.before >= 0
+    assert torch.equal(batch.position_ids[0, branches.before[follows]] + 1, batch.position_ids[0, follows])
+    assert (batch.position_ids[0, ~follows] == 0).all()
+    learned = batch.labels[0] != IGNORED
+    assert torch.equal(branches.row[learned], (plain.position_ids[0] == 0).cumsum(0)[plain.labels[0] != IGNORED] - 1)

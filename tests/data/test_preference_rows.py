@@ -106,7 +106,9 @@ def test_prepared_pairs_keep_their_places_margins_and_shared_prompts(write):
     for index, row in enumerate(ready.train):
         assert row.chosen.where == row.rejected.where == f"{path}:{index + 1}"
         assert row.margin == index
-        assert row.shared == row.chosen.prompt_length == row.rejected.prompt_length
+        shared = row.chosen.prompt_length
+        assert row.rejected.prompt_length == shared
+        assert (row.chosen.input_ids[:shared] == row.rejected.input_ids[:shared]).all()
         assert marked(row.chosen, LLAMA).endswith(f"{OPEN}yes {index}<|eot|>{CLOSE}")
         assert marked(row.rejected, LLAMA).endswith(f"{OPEN}no<|eot|>{CLOSE}")
     assert ready.train.lengths.tolist() == [len(r.chosen.input_ids) + len(r.rejected.input_ids) for r in ready.train]

@@ -72,7 +72,7 @@ def test_a_model_that_takes_no_positions_to_keep_gets_all_logits():
 
 def test_row_indices_of_a_packed_batch():
     (batch,) = micro_batches(ROWS, [1, 2], token_budget=100, packing=True, pad_id=0)
-    assert row_indices(batch).tolist() == [[2] * 6 + [1] * 4]
+    assert row_indices(batch).tolist() == [[2] * 6 + [1] * 4 + [-1] * 6]  # padding at the end
 
 
 def test_a_model_that_mixes_packed_rows_is_found_out():

@@ -14,8 +14,9 @@ from smidgen import kernels
 from smidgen.errors import TrainingStopped
 from smidgen.losses.preference import LOSSES, PreferenceLoss
 from smidgen.models import fuse
+from smidgen.models.scores import shares_beginnings
 from smidgen.training.loop import evaluate
-from smidgen.training.objectives import Collating
+from smidgen.training.objectives import Collating, Objective
 from smidgen.training.preference import Kto, Preference
 from smidgen.training.reference import precompute, prove_start
 from tests.conftest import perturb, tiny_llama
@@ -179,35 +180,39 @@ def test_another_reference_is_not_taken_from_the_cache(tmp_path, monkeypatch):
         assert len(list((tmp_path / "reference").iterdir())) == number + 1
 
 
-@pytest.mark.skipif(kernels.instruction_set() == "reference", reason="attention without kernels knows no branches")
+@pytest.mark.skipif(kernels.instruction_set() == "reference", reason="only the kernel's attention lets rows share")
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "ops"])
-def test_a_prompt_that_is_computed_once_changes_nothing(monkeypatch, blocks):
+@pytest.mark.parametrize("name", ["sft", "sigmoid", "orpo", "kto"])
+def test_beginnings_that_are_computed_once_change_nothing(monkeypatch, blocks, name):
     if not blocks:  # then attention alone is the kernel's
         monkeypatch.setattr(fuse, "_take_over_blocks", lambda calls: 0)
-    alike = make_pairs([(9, 9), (12, 5)], [8, 4])
-    alike.rows.ids[9:18] = [*alike.rows.ids[:8], 5]  # a single token each, and one more pair
-    for rows in (PAIRS, alike):
-        found = []
+    alike = make_pairs([(9, 9), (12, 5), (7, 9)], [8, 4, 5])
+    alike.rows.ids[9:18] = [*alike.rows.ids[:8], 5]  # a single token each
+    for start_of in alike.rows.offsets[2:-1]:
+        alike.rows.ids[start_of : start_of + 3] = alike.rows.ids[:3]  # all begin alike, as with a system prompt
+    for pairs in (PAIRS, alike):
+        rows = {"sft": pairs.rows, "kto": make_labelled(pairs)}.get(name, pairs)
+        found, sizes = [], []
         for sharing in (False, True):
             model = tiny_lora()
             perturb(model, scale=0.3)
             with fuse.fused(model, lambda line: None):
-                objective = start(model, as_base=False)
+                assert shares_beginnings(model)
+                objective = Objective() if name == "sft" else start(model, False, objectives()[name]())
                 perturb(model, seed=9)
-                assert objective.sharing is model
-                if not sharing:
-                    objective.sharing = None
-                batches = objective.collate(rows, range(len(rows)), Collating(64, True, 0))
-                for batch in objective.prepare(model, batches):
+                batches = objective.collate(rows, range(len(rows)), Collating(64, True, 0, sharing))
+                with torch.no_grad():
+                    batches = objective.prepare(model, batches)
+                for batch in batches:
                     values = objective.loss(model, batch).values
                     (values.sum() / len(rows)).backward()
-                assert sum(batch.input_ids.numel() for batch in batches) == sum(
-                    len(pair.chosen.input_ids) + len(pair.rejected.input_ids) - sharing * pair.shared for pair in rows
-                )
             found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-            assert objective.collate(rows, [0], Collating(64, True, 0))[0].branches is None  # no kernel, no branches
-        for name, grad in found[0].items():
-            torch.testing.assert_close(found[1][name], grad, atol=1e-5, rtol=1e-4, msg=name)
+            sizes.append(sum(batch.input_ids.numel() for batch in batches))
+            assert not shares_beginnings(model)  # without the kernel such a batch is computed whole
+            torch.testing.assert_close(objective.loss(model, batch).values, values, atol=1e-5, rtol=1e-4)
+        assert sizes[1] < 0.95 * sizes[0]
+        for key, grad in found[0].items():
+            torch.testing.assert_close(found[1][key], grad, atol=1e-5, rtol=1e-4, msg=key)
 
 
 def test_ktos_kl_is_over_the_whole_update():

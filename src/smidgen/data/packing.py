@@ -18,9 +18,29 @@ from smidgen.errors import DataError
 if TYPE_CHECKING:
     import torch
 
+    from smidgen.kernels.attention import Spread
+
 IGNORED = -100  # a label without loss
 _GROUP = 50  # updates whose rows are sorted by length together
+_WORTH = 0.95  # of its tokens: a batch that is hardly smaller with common beginnings once keeps rows whole
 _ALIKE = 0.9  # of the longest row of a padded batch: shorter rows go into the next batch
+
+
+@dataclass(frozen=True)
+class Branches:
+    """How the rows of a packed batch share what they begin with: each common beginning stands there once.
+
+    Where tokens attend, and only there, each row stands whole, so that it sees its beginning and no other row.
+
+    Attributes:
+        spread: the tokens as they attend. offsets: (S + 1,) int64, where rows begin and end there.
+        before: (T,) int64, the token before each in its row. row: (T,) int64, the first row that a token is of.
+    """
+
+    spread: Spread
+    offsets: torch.Tensor
+    before: torch.Tensor
+    row: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -31,6 +51,7 @@ class Batch:
     attention_mask (B, T) int64, 1 for tokens and 0 for padding; None where there is no padding.
     position_ids (B, T) int64, starting at 0 with every row of a packed batch (B = 1); None in a padded batch.
     rows: the indices of its rows. supervised: how many labels carry loss. images: the paths of all rows' images.
+    branches: how rows share beginnings; None: each row stands whole.
     """
 
     input_ids: torch.Tensor
@@ -40,11 +61,19 @@ class Batch:
     rows: list[int]
     supervised: int
     images: tuple[str, ...] = ()
+    branches: Branches | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         """Answer the batch with its tensors on that device."""
         tensors = {f.name: value for f in fields(self) if hasattr(value := getattr(self, f.name), "to")}
         return replace(self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()})
+
+    def whole(self) -> Self:
+        """Answer the batch with each row whole: what carries loss stays in its order."""
+        if self.branches is None:
+            return self
+        named = {name: getattr(self, name) for name in ("input_ids", "labels", "position_ids")}
+        return replace(self, branches=None, **{name: x[:, self.branches.spread.tokens] for name, x in named.items()})
 
 
 def epoch_plan(
@@ -81,19 +110,20 @@ def epoch_plan(
 
 
 def micro_batches(
-    rows: TokenRows, update: Sequence[int], *, token_budget: int, packing: bool, pad_id: int
+    rows: TokenRows, update: Sequence[int], *, token_budget: int, packing: bool, pad_id: int, sharing: bool = False
 ) -> list[Batch]:
     """Cut an update into batches of at most `token_budget` tokens, padding included; the largest comes first.
 
     Packed: rows stand one behind the other in one sequence, `position_ids` start anew with each, and there is no
     attention mask: transformers then keeps the rows apart. Padded: rows of like length share a batch, padded behind.
-    Rows with images are never packed.
+    Rows with images are never packed. Sharing: see `Branches`; the budget is for whole rows.
 
     Raises:
         DataError: a row is longer than the budget.
     """
     groups = cut(rows, update, token_budget=token_budget, packing=packing)
-    return [batch_of([rows[index] for index in group], group, packing=packing, pad_id=pad_id) for group in groups]
+    how = {"packing": packing, "pad_id": pad_id, "sharing": sharing, "most": token_budget}
+    return [batch_of([rows[index] for index in group], group, **how) for group in groups]
 
 
 def cut(
@@ -122,9 +152,33 @@ def cut(
     return (_best_fit if packing else _alike)(longest_first, lengths, token_budget)
 
 
-def batch_of(rows: list[TokenRow], indices: Sequence[int], *, packing: bool, pad_id: int) -> Batch:
-    """Rows behind each other in one sequence, or padded to the longest."""
-    return (_packed if packing else _padded)(rows, indices, pad_id)
+def batch_of(
+    rows: list[TokenRow], indices: Sequence[int], *, packing: bool, pad_id: int, sharing: bool = False, most: int = 0
+) -> Batch:
+    """Rows behind each other in one sequence, with common beginnings once where `sharing`; or padded to the longest.
+
+    Args:
+        indices: of the rows, or of what several of them belong to.
+        most: tokens up to which a sequence may be filled with padding, see `_step`.
+    """
+    if not packing:
+        return _padded(rows, indices, pad_id)
+    make = _shared if sharing else _packed
+    batch = make(rows, indices)
+    length = batch.input_ids.numel()
+    missing = -length % _step(length)
+    if not missing or length + missing > most:
+        return batch
+    padding = TokenRow(np.full(missing, pad_id), np.zeros(missing, dtype=bool), "")
+    return make([*rows, padding], indices)
+
+
+def _step(length: int) -> int:
+    """What a sequence is filled to a multiple of: then there are 16 lengths from one power of two to the next.
+
+    For each length the libraries that multiply keep code and memory, some 10 MB for a model of 135M parameters.
+    """
+    return max(8, 1 << max(0, length.bit_length() - 5))
 
 
 def _best_fit(order: Sequence[int], lengths: dict[int, int], budget: int) -> list[list[int]]:
@@ -161,11 +215,55 @@ def _labels(row: TokenRow) -> np.ndarray:
     return labels
 
 
-def _packed(rows: list[TokenRow], indices: Sequence[int], pad_id: int) -> Batch:
+def _packed(rows: list[TokenRow], indices: Sequence[int]) -> Batch:
     ids = np.concatenate([row.input_ids for row in rows])
     labels = np.concatenate([_labels(row) for row in rows])
     positions = np.concatenate([np.arange(len(row.input_ids)) for row in rows])
     return _batch(ids[None], labels[None], None, positions[None], indices)
+
+
+def _shared(rows: list[TokenRow], indices: Sequence[int]) -> Batch:
+    """Rows behind each other; what a row begins with, unlearned, as one before it, is not repeated."""
+    packed = _packed(rows, indices)
+    tokens, before, row = [], [], []
+    following: dict[tuple[int, int], int] = {}  # of a token and the id after it, the token that is this
+    for number, each in enumerate(rows):
+        learned, at = int(np.argmax(each.supervised)), -1
+        for position, id_ in enumerate(each.input_ids.tolist()):
+            above, known = at, following.get((at, id_)) if position < learned else None
+            at = len(before) if known is None else known
+            if known is None:
+                before.append(above)
+                row.append(number)
+                if position < learned:
+                    following[above, id_] = at
+            tokens.append(at)
+    if len(before) > _WORTH * len(tokens):
+        return packed
+    return replace(packed, **_once(packed, np.array(tokens), before, row, [len(each.input_ids) for each in rows]))
+
+
+def _once(
+    packed: Batch, tokens: np.ndarray, before: list[int], row: list[int], lengths: Sequence[int]
+) -> dict[str, Any]:
+    """The fields of a packed batch in which each token stands once; `tokens`: the one at each place."""
+    import torch
+
+    from smidgen.kernels.attention import Spread
+
+    counts, places = np.bincount(tokens), np.argsort(tokens, kind="stable")
+    first = np.cumsum(counts) - counts
+    repeated = []
+    for count in np.unique(counts[counts > 1]):
+        several = np.flatnonzero(counts == count)
+        their = places[first[several] + np.arange(count)[:, None]]
+        repeated.append((torch.from_numpy(several), torch.from_numpy(their)))
+    kept = torch.from_numpy(places[first])
+    offsets = torch.tensor([0, *np.cumsum(lengths)])
+    spread = Spread(torch.from_numpy(tokens), kept, tuple(repeated))
+    branches = Branches(spread, offsets, torch.tensor(before), torch.tensor(row))
+    named = {name: getattr(packed, name)[:, kept] for name in ("input_ids", "labels", "position_ids")}
+    return {"branches": branches, **named}
 
 
 def _padded(rows: list[TokenRow], indices: Sequence[int], pad_id: int) -> Batch:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from smidgen.data.formats import Example
-from smidgen.data.messages import common_start
 from smidgen.data.preference import Labelled, Pair, answer_example
 from smidgen.data.rows import TokenRow, TokenRows
 from smidgen.data.tokenise import Cuts, Left, Piece, Tokeniser
@@ -21,11 +20,10 @@ from smidgen.errors import DataError
 
 
 class PairRow(NamedTuple):
-    """A pair. shared: how many tokens at the beginning, none of them learned, are the same in both rows."""
+    """A pair. margin: how much better the chosen answer is."""
 
     chosen: TokenRow
     rejected: TokenRow
-    shared: int
     margin: float
 
     @property
@@ -50,10 +48,7 @@ class PairRows(Sequence[PairRow]):
         return len(self.margins)
 
     def __getitem__(self, index: int) -> PairRow:  # type: ignore[override]
-        chosen, rejected = self.rows[2 * index], self.rows[2 * index + 1]
-        least = min(int(np.argmax(row.supervised)) for row in (chosen, rejected))
-        shared = common_start(chosen.input_ids[:least].tolist(), rejected.input_ids[:least].tolist())
-        return PairRow(chosen, rejected, shared, float(self.margins[index]))
+        return PairRow(self.rows[2 * index], self.rows[2 * index + 1], float(self.margins[index]))
 
     def __iter__(self) -> Iterator[PairRow]:
         return (self[index] for index in range(len(self)))

@@ -1,6 +1,6 @@
 """Operations of language models, each declared once in plain PyTorch, with a faster native equal on CPUs."""
 
-from smidgen.kernels.attention import attention
+from smidgen.kernels.attention import Spread, attention, spread_out
 from smidgen.kernels.cross_entropy import linear_cross_entropy, linear_logprob
 from smidgen.kernels.dropout import dropout
 from smidgen.kernels.gated import geglu, swiglu
@@ -11,6 +11,7 @@ from smidgen.kernels.rope import rope
 
 __all__ = [
     "LowRank",
+    "Spread",
     "add_rms_norm",
     "attention",
     "available",
@@ -25,5 +26,6 @@ __all__ = [
     "lora_linear",
     "rms_norm",
     "rope",
+    "spread_out",
     "swiglu",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,44 @@ class Scores(NamedTuple):
     scale: float
     window: int | None
     softcap: float | None
+
+
+class Spread(NamedTuple):
+    """Tokens that attend in several segments. Letters: E places of tokens in segments.
+
+    tokens: (E,) int64, the one at each place. kept: (T,) int64, the place of each whose answer counts, its first.
+    repeated: of tokens with n places each, their indices, (M,) int64, and these places, (n, M); for all n above 1.
+    """
+
+    tokens: Tensor
+    kept: Tensor
+    repeated: tuple[tuple[Tensor, Tensor], ...]
+
+    def summed(self, x: Tensor, out: Tensor) -> None:
+        """Write into `out` (T, ...) the sums of x (E, ...) over the places of each token."""
+        torch.index_select(x, 0, self.kept, out=out) if out.is_contiguous() else out.copy_(x.index_select(0, self.kept))
+        for tokens, places in self.repeated:
+            every = x.index_select(0, places.flatten())
+            out.index_copy_(0, tokens, every.unflatten(0, places.shape).sum(0))
+
+
+def spread_out(x: Tensor, spread: Spread) -> Tensor:
+    """x (T, ...) at the places of its tokens, (E, ...)."""
+    return _SpreadOut.apply(x, spread)
+
+
+class _SpreadOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, spread: Spread) -> Tensor:
+        ctx.spread, ctx.shape = spread, x.shape
+        return x.index_select(0, spread.tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Any:
+        out = grad.new_empty(ctx.shape)
+        ctx.spread.summed(grad, out)
+        return out, None
 
 
 def attention(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smidgen.kernels import native
-from smidgen.kernels.attention import Scores, attended, attended_backward
+from smidgen.kernels.attention import Scores, Spread, attended, attended_backward
 from smidgen.kernels.dequantize import Packed, outputs
 from smidgen.kernels.gated import Activation, gated_backward, gated_forward
 from smidgen.kernels.lora import Linear, LowRank, product, product_backward, product_gradients
@@ -58,8 +58,7 @@ class Where(NamedTuple):
     offsets: Tensor  # (S + 1,) int64: see `attention`
     cos: Tensor  # (N, R): see `rope`
     sin: Tensor
-    spread: Tensor | None = None  # (E,) int64: the tokens as they attend, where some do so more than once
-    kept: Tensor | None = None  # (N,) int64: which of these answers count
+    spread: Spread | None = None  # how they attend, where some do so in several segments
 
 
 def add_attention(x: Tensor, part: Attention, where: Where) -> Tensor:
@@ -297,12 +296,12 @@ class _AddAttention(torch.autograd.Function):
 
 def _spread(heads: _Heads, where: Where) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of the tokens as they attend."""
-    q, k, v = (y if where.spread is None else y[where.spread] for y in heads[:3])
+    q, k, v = (y if where.spread is None else y.index_select(0, where.spread.tokens) for y in heads[:3])
     return q, k, v
 
 
 def _kept(out: Tensor, where: Where) -> Tensor:
-    return out if where.kept is None else out[where.kept]
+    return out if where.spread is None else out.index_select(0, where.spread.kept)
 
 
 def _attended_backward(
@@ -310,15 +309,16 @@ def _attended_backward(
 ) -> None:
     """Write the gradients of queries, keys and values `into` tensors: sums over the places where a token attends."""
     q, k, v = _spread(heads, where)
-    if where.spread is None or where.kept is None:
+    if where.spread is None:
         attended_backward(q, k, v, where.offsets, scores, out, lse, grad.view(out.shape), into)
         return
     wide = torch.zeros_like(out)
-    wide[where.kept] = grad.view(-1, *out.shape[1:])
+    wide.index_copy_(0, where.spread.kept, grad.view(-1, *out.shape[1:]))
     parts = [torch.empty(y.shape, dtype=y.dtype) for y in (q, k, v)]
     attended_backward(q, k, v, where.offsets, scores, out, lse, wide, parts)
-    for whole, part in zip(into, parts):
-        whole.zero_().index_add_(0, where.spread, part)
+    into[0].copy_(parts[0].index_select(0, where.spread.kept))  # elsewhere it is 0
+    for whole, part in zip(into[1:], parts[1:]):
+        where.spread.summed(part, whole)
 
 
 def _mix_backward(grad: Tensor, x: Tensor, mix: Linear, lows: Any, wanted: Any) -> tuple[Tensor, Any]:

@@ -4,14 +4,14 @@ transformers makes a mask of pairs from a function of the row, the query and the
 than which tokens belong together, their segments take the place of the mask: of packed rows, of padding, of plain rows.
 Every other call (a cache, a mask by the caller, dropped weights, compilation) goes to the attention the model had.
 
-Letters: B rows, T tokens, H heads, D head width, S segments, E tokens as they attend.
+Letters: B rows, T tokens, H heads, D head width, S segments.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,8 +24,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from smidgen import kernels
+from smidgen.data.packing import Branches
 from smidgen.errors import UsageError
-from smidgen.kernels.attention import Scores
+from smidgen.kernels.attention import Scores, Spread
 from smidgen.kernels.native import autocast
 
 # What the implementation is called in place of the model's own.
@@ -43,61 +44,22 @@ class Segments:
         offsets: (S + 1,) int64, where segments begin and end among the B T tokens. Padding is a segment of its own.
         window: a token sees this many, itself counted; None: all before it in its segment.
         own_mask: makes the mask that the model's own attention takes.
-        spread, kept: see `Branches`.
+        spread: how tokens stand as they attend, where some do so in several rows.
     """
 
     offsets: Tensor
     window: int | None
     own_mask: Callable[[], Tensor | None]
-    spread: Tensor | None = None
-    kept: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Branches:
-    """Continuations of common beginnings, which stand in a batch of one row once: a beginning, then its branches.
-
-    Where tokens attend, and only there, the beginning is repeated before each branch, so that a branch sees it and no
-    other branch. Position ids go on from the beginning in each branch.
-
-    Attributes:
-        offsets: (S + 1,) int64, a beginning with a branch is a segment.
-        spread: (E,) int64, the tokens as they attend. kept: (T,) where among them each has its answer.
-        before: (T,) the token before each; that before the first token of a branch ends the beginning.
-    """
-
-    offsets: Tensor
-    spread: Tensor
-    kept: Tensor
-    before: Tensor
+    spread: Spread | None = None
 
 
 # The branches of the batch that is computed now.
 BRANCHES: ContextVar[Branches | None] = ContextVar("branches", default=None)
 
 
-def branches_of(parts: Sequence[tuple[int, Sequence[int]]]) -> Branches:
-    """The branches of a batch: of each common beginning its tokens, and those of the branches."""
-    offsets, spread, kept, before = [0], [], [], []
-    first = attending = 0  # the token, and its place as it attends, at which the next beginning starts
-    for shared, branches in parts:
-        start = first + shared
-        for number, length in enumerate(branches):
-            spread += [*range(first, first + shared), *range(start, start + length)]
-            own = range(attending + (shared if number else 0), attending + shared + length)
-            kept += own
-            before += [*range(first - 1, first + shared - 1)] * (not number)
-            before += [first + shared - 1, *range(start, start + length - 1)][:length]
-            attending += shared + length
-            offsets.append(attending)
-            start += length
-        first = start
-    return Branches(*(torch.tensor(values) for values in (offsets, spread, kept, before)))
-
-
 @contextmanager
 def branching(branches: Branches | None) -> Iterator[None]:
-    """Let a model that attends with the kernel compute branches inside the block."""
+    """Let a model that attends with the kernel compute rows that share beginnings inside the block."""
     token = BRANCHES.set(branches)
     try:
         yield
@@ -106,7 +68,7 @@ def branching(branches: Branches | None) -> Iterator[None]:
 
 
 def _no_mask() -> Tensor:
-    raise UsageError("branches of a common beginning are computed by the kernel's attention alone")
+    raise UsageError("rows that share their beginning are computed by the kernel's attention alone")
 
 
 def use(model: Any) -> None:
@@ -149,11 +111,11 @@ def _attend(
     if (seen := SEEN.get()) is not None:
         seen[module] = scores
     if segments.spread is not None:
-        q, k, v = (x[segments.spread] for x in (q, k, v))
+        q, k, v = (kernels.spread_out(x, segments.spread) for x in (q, k, v))
     with torch.autocast("cpu", enabled=False):
         out, _ = kernels.attention(q, k, v, segments.offsets, *scores)
-    if segments.kept is not None:
-        out = out[segments.kept]
+    if segments.spread is not None:
+        out = out.index_select(0, segments.spread.kept)
     return out.view(rows, length, heads, -1), None
 
 
@@ -167,7 +129,7 @@ def _own_attention(own: str, module: Any) -> Callable[..., tuple[Tensor, Tensor 
 def _mask(own: str, **arguments: Any) -> Segments | Tensor | None:
     """transformers' mask interface: the segments, or the model's own mask where it says more than they would."""
     if (branches := BRANCHES.get()) is not None:
-        return Segments(branches.offsets, arguments.get("local_size"), _no_mask, branches.spread, branches.kept)
+        return Segments(branches.offsets, arguments.get("local_size"), _no_mask, branches.spread)
     own_mask = functools.partial(ALL_MASK_ATTENTION_FUNCTIONS[own], **arguments)
     offsets = None if torch.compiler.is_compiling() else segment_offsets(**arguments)
     return own_mask() if offsets is None else Segments(offsets, arguments.get("local_size"), own_mask)

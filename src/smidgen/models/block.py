@@ -158,7 +158,7 @@ class FusedBlock:
         frugal = self.layer.training and getattr(self.layer, "gradient_checkpointing", False)
         cos, sin = (self._angles(table, hidden_states) for table in kwargs["position_embeddings"])
         segments = kwargs["attention_mask"]
-        where = Where(segments.offsets, cos, sin, segments.spread, segments.kept)
+        where = Where(segments.offsets, cos, sin, segments.spread)
         between = add_attention(x, parts[0], where)
         return add_feed_forward(between, parts[1], frugal)
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from smidgen.data.packing import IGNORED, Batch
+from smidgen.data.packing import IGNORED, Batch, batch_of
+from smidgen.data.rows import TokenRow
 from smidgen.kernels import linear_cross_entropy
 from smidgen.losses.lm import token_cross_entropy
 from smidgen.models import attention
@@ -49,6 +51,8 @@ def learned(batch: Batch) -> Learned:
     """Find the places of a batch whose next token is supervised."""
     follows = batch.labels[:, 1:] != IGNORED
     rows, columns = follows.nonzero(as_tuple=True)
+    if batch.branches is not None:
+        columns = batch.branches.before[columns + 1]
     kept = columns.unique()
     return Learned(rows, columns, batch.labels[:, 1:][follows], kept, torch.searchsorted(kept, columns))
 
@@ -59,34 +63,43 @@ def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         (N,) float32 losses in nats, and (N,) int64 indices of the rows they belong to.
     """
-    at = learned(batch)
-    return losses_at(model, batch, at), row_indices(batch)[at.rows, at.columns + 1]
+    return losses_at(model, batch), learned_rows(batch)
 
 
-def losses_at(model: Any, batch: Batch, at: Learned) -> torch.Tensor:
-    """(N,) float32: the cross-entropy in nats of the tokens that follow the given places of a batch.
+def losses_at(model: Any, batch: Batch, at: Learned | None = None) -> torch.Tensor:
+    """(N,) float32: the cross-entropy in nats of the supervised tokens of a batch, or of those that follow `at`.
 
     The vocabulary is the widest matrix of a small model, so logits are computed only where a supervised token follows:
     exactly there in a packed batch, in the union of the rows' columns in a padded one. A model whose forward has no
     `logits_to_keep` computes them all. Packed rows are told apart by their `position_ids`, without an attention mask.
     """
-    inputs = _inputs(model, batch)
+    batch = _computable(model, batch)
+    at = at or learned(batch)
     if head := _head(model):
         # The decoder knows no images: what stands around it puts them among the tokens.
         states = getattr(model, model.base_model_prefix) if batch.images else model.get_decoder()
-        hidden = states(**inputs).last_hidden_state[at.rows, at.columns]
+        with attention.branching(batch.branches):
+            hidden = states(**_inputs(model, batch)).last_hidden_state[at.rows, at.columns]
         layer = model.get_output_embeddings()
         options = {"softcap": head.softcap, "logit_scale": head.scale}
         return linear_cross_entropy(hidden, layer.weight, at.targets, layer.bias, **options)
     return token_cross_entropy(logits_at(model, batch, at), at.targets)
 
 
-def logits_at(model: Any, batch: Batch, at: Learned) -> torch.Tensor:
-    """(N, V): the logits at the given places of a batch."""
+def logits_at(model: Any, batch: Batch, at: Learned | None = None) -> torch.Tensor:
+    """(N, V): the logits from which the supervised tokens of a batch follow, or those `at` the given places."""
+    batch = _computable(model, batch)
+    at = at or learned(batch)
     inputs, columns = _inputs(model, batch), at.columns
     if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"], columns = at.kept, at.place
-    return model(**inputs).logits[at.rows, columns]
+    with attention.branching(batch.branches):
+        return model(**inputs).logits[at.rows, columns]
+
+
+def _computable(model: Any, batch: Batch) -> Batch:
+    """The batch as this model can compute it: rows share beginnings with the kernel's attention alone."""
+    return batch if batch.branches is None or attention.in_use(model) else batch.whole()
 
 
 def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
@@ -131,11 +144,18 @@ def row_losses(
     return losses
 
 
+def learned_rows(batch: Batch) -> torch.Tensor:
+    """(N,) int64: the indices of the rows that the supervised tokens of a batch belong to."""
+    return row_indices(batch)[:, 1:][batch.labels[:, 1:] != IGNORED]
+
+
 def row_indices(batch: Batch) -> torch.Tensor:
-    """(B, T) int64: the index of the row that each token of a batch belongs to."""
-    index = torch.tensor(batch.rows, device=batch.input_ids.device)
+    """(B, T) int64: the index of the row that each token is of, of the first where it is of several; -1: of padding."""
+    index = torch.tensor([*batch.rows, -1], device=batch.input_ids.device)
+    if batch.branches is not None:
+        return index[batch.branches.row][None]
     if batch.position_ids is None:
-        return index[:, None].expand_as(batch.input_ids)
+        return index[:-1, None].expand_as(batch.input_ids)
     return index[(batch.position_ids == 0).flatten().cumsum(0).view_as(batch.position_ids) - 1]
 
 
@@ -145,36 +165,28 @@ def takes(model: nn.Module, argument: str) -> bool:
     return any(argument in inspect.signature(forward).parameters for forward in forwards)
 
 
-def branched(at: Learned, before: torch.Tensor) -> Learned:
-    """The places from which tokens follow where a batch of one row has branches: see `models.attention.Branches`."""
-    columns = before[at.columns + 1]
-    kept = columns.unique()
-    return at._replace(columns=columns, kept=kept, place=torch.searchsorted(kept, columns))
-
-
 @torch.no_grad()
-def keeps_branches_apart(model: Any) -> bool:
-    """Whether a model computes branches of a common beginning as it does rows by themselves, and none sees another."""
+def shares_beginnings(model: Any) -> bool:
+    """Whether a model computes rows with a common beginning, which stands there once, as it does rows by themselves.
+
+    None may see another.
+    """
     device, length = next(model.parameters()).device, 6
     if device.type != "cpu" or not attention.in_use(model) or getattr(model.config, "attention_dropout", 0):
         return False
     draw = torch.Generator().manual_seed(0)
-    shared, first, second = torch.randint(vocabulary_size(model), (3, length), generator=draw)
-    parts = attention.branches_of([(length, [length, length])])
-    positions = torch.cat([torch.arange(2 * length), torch.arange(length, 2 * length)])[None]
+    shared, first, second = torch.randint(vocabulary_size(model), (3, length), generator=draw).numpy()
+    learned = np.arange(2 * length) >= length
 
-    def losses(other: torch.Tensor) -> torch.Tensor:
-        ids = torch.cat([shared, other, second])[None]
-        batch = Batch(ids, ids.masked_fill(positions[0] < length, IGNORED), None, positions, [0, 1], 2 * length)
-        with attention.branching(parts):
-            return losses_at(model, batch, branched(learned(batch), parts.before))[length:]
+    def losses(*ends: np.ndarray) -> torch.Tensor:
+        rows = [TokenRow(np.concatenate([shared, end]), learned, "") for end in ends]
+        batch = batch_of(rows, range(len(rows)), packing=True, pad_id=0, sharing=True)
+        return losses_at(model, batch)[-length:]
 
-    row = torch.cat([shared, second])[None]
-    alone = Batch(row, row.masked_fill(torch.arange(2 * length) < length, IGNORED), None, None, [0], length)
-    found = losses(first)
+    found, own = losses(first, second), losses(second)
     near = 0.1 if next(model.parameters()).dtype.itemsize == 2 else 1e-3
-    own = token_losses(model, alone)[0]
-    return torch.equal(found, losses(first.flip(0))) and bool(((found - own).abs() <= near * (1 + own)).all())
+    alike = torch.equal(found, losses(first[::-1], second))
+    return alike and bool(((found - own).abs() <= near * (1 + own)).all())
 
 
 @torch.no_grad()

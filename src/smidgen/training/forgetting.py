@@ -22,7 +22,7 @@ from smidgen.errors import DataError
 from smidgen.losses.forgetting import distance, token_kl
 from smidgen.losses.lm import token_cross_entropy
 from smidgen.models.resolve import cache_folder
-from smidgen.models.scores import learned, logits_at, losses_at, row_indices
+from smidgen.models.scores import learned, learned_rows, logits_at, losses_at
 from smidgen.proofs import Check
 from smidgen.recipe import DataRecipe, GeneralRecipe, Recipe
 from smidgen.training.objectives import Collating, Losses, Objective
@@ -140,20 +140,19 @@ class Controls(Objective):
         Beside the mean of the objective's values the mean of these is added. A share s weighs s / (1 - s): where the
         objective learns tokens too, all tokens of the update then weigh alike.
         """
-        at, recipe = learned(batch), self.recipe
-        rows = row_indices(batch)[at.rows, at.columns + 1]
+        recipe, rows = self.recipe, learned_rows(batch)
         weight = recipe.share / (1 - recipe.share)
         if not recipe.kl:
-            values = losses_at(model, batch, at)
+            values = losses_at(model, batch)
             return Losses(weight * values, rows, {"general/loss": values.detach()})
         with torch.no_grad(), evaluating(model), model.disable_adapter():
-            base = logits_at(model, batch, at)
-        logits = logits_at(model, batch, at)
+            base = logits_at(model, batch)
+        logits = logits_at(model, batch)
         kl = token_kl(base, logits)
         metrics = {"general/kl": kl.detach()}
         values = recipe.kl * kl
         if weight:
-            losses = token_cross_entropy(logits, at.targets)
+            losses = token_cross_entropy(logits, learned(batch).targets)
             values, metrics["general/loss"] = values + weight * losses, losses.detach()
         return Losses(values, rows, metrics)
 

@@ -52,7 +52,7 @@ SHOWN = (ACCURACY, "rewards/margins")
 class Window:
     """What happened since the last logged step: the sums of losses and of the tokens they were averaged over.
 
-    metrics: of each metric of the objective the sum and the number of its values.
+    metrics: of each metric the sum and the number of its values.
     """
 
     loss: float = 0.0
@@ -60,6 +60,11 @@ class Window:
     tokens: int = 0
     seconds: float = 0.0
     metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, total: float, count: float) -> None:
+        """Add the sum of some values of a metric, and their number."""
+        before = self.metrics.get(name, [0.0, 0.0])
+        self.metrics[name] = [before[0] + total, before[1] + count]
 
     def means(self) -> dict[str, float]:
         """The mean of each metric that had a value."""
@@ -230,8 +235,8 @@ class Loop:
             sums, names = torch.cat([sums, more[1:]]), (*names, *controls.metrics)
             tokens += int(general.lengths.sum())
         shares = 1 if processes.is_sharded(self.model) else self.accelerator.num_processes
-        held = controls.penalties() if controls else []
-        for penalty in [*penalties(self.model), *held]:  # they are not part of the logged loss
+        held = [*penalties(self.model), *(controls.penalties() if controls else [])]
+        for penalty in held:  # they are not part of the logged loss
             self._backward(penalty / shares)
         self._sum_gradients()
         self.scaler.unscale_(self.optimizer)
@@ -260,8 +265,9 @@ class Loop:
         self.window.tokens += tokens
         self.window.seconds += time.perf_counter() - begun
         for at, name in enumerate(names):
-            before = self.window.metrics.get(name, [0.0, 0.0])
-            self.window.metrics[name] = [before[0] + totals[2 * at], before[1] + totals[2 * at + 1]]
+            self.window.add(name, totals[2 * at], totals[2 * at + 1])
+        if held:
+            self.window.add("penalty", sum(processes.whole(penalty.detach()).item() for penalty in held), 1)
         self._tell(rate, norm_value)
 
     def _heed(self, seen: dict[str, float]) -> None:

@@ -29,11 +29,16 @@ Total = Callable[[Tensor], Tensor]  # adds a tensor up over all processes
 
 @dataclass(frozen=True)
 class Collating:
-    """How rows become micro-batches: the most tokens in one, whether rows are packed or padded, the padding token."""
+    """How rows become micro-batches.
+
+    token_budget: the most tokens in one, of whole rows. packing: whether rows are packed or padded. pad_id: the padding
+    token. sharing: whether packed rows share what they begin with, see `data.packing.Branches`.
+    """
 
     token_budget: int
     packing: bool
     pad_id: int
+    sharing: bool = False
 
 
 class Losses(NamedTuple):
@@ -66,7 +71,7 @@ class Objective:
 
     def collate(self, rows: Any, update: Sequence[int], how: Collating) -> list[Any]:
         """Cut the rows of one update into micro-batches."""
-        return micro_batches(rows, update, token_budget=how.token_budget, packing=how.packing, pad_id=how.pad_id)
+        return micro_batches(rows, update, **vars(how))
 
     def count(self, batch: Any) -> int:
         """How many values `loss` answers for this batch."""

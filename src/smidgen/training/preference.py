@@ -15,21 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smidgen.data.packing import IGNORED, Batch, batch_of, cut
+from smidgen.data.packing import Batch, batch_of, cut
 from smidgen.data.preference_rows import LabelledRows, PairRows
 from smidgen.data.rows import TokenRow
 from smidgen.errors import UsageError
 from smidgen.losses.answers import Answers, log_ratio, sum_tokens
 from smidgen.losses.preference import PreferenceLoss, kto, kto_kl, loss_of, reward_metrics
-from smidgen.models import attention
-from smidgen.models.attention import Branches, branches_of, branching
 from smidgen.models.fuse import fused
 from smidgen.models.load import load_as, load_model
 from smidgen.models.resolve import resolve_model
-from smidgen.models.scores import branched, keeps_branches_apart, learned, losses_at
+from smidgen.models.scores import keeps_rows_apart, losses_at, shares_beginnings
 from smidgen.recipe import Recipe
 from smidgen.training.objectives import Collating, Losses, Objective, Total
-from smidgen.training.reference import Reference, evaluating, precompute, prove_start
+from smidgen.training.reference import Reference, precompute, prove_start
 from smidgen.training.setup import Say, Setup
 
 
@@ -47,14 +45,9 @@ class AnswerBatch(Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch(AnswerBatch):
-    """Pairs.
-
-    mean_tokens: how many a chosen answer has, mean over the whole update.
-    branches: how the answers of a pair share their prompt, where it stands there once.
-    """
+    """Pairs. mean_tokens: how many a chosen answer has, mean over the whole update."""
 
     mean_tokens: Tensor | None = None
-    branches: Branches | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +84,7 @@ class _OfAnswers(Objective):
 
     def log_probs(self, model: Any, batch: AnswerBatch) -> Tensor:
         """(A,) float32: the log-probability of each answer, summed over its tokens."""
-        return sum_tokens(-losses_at(model, batch, learned(batch)), batch.tokens)
+        return sum_tokens(-losses_at(model, batch), batch.tokens)
 
     def of_reference(self, model: Any, batch: AnswerBatch) -> Tensor:
         """The same under the reference: those computed beforehand, or now."""
@@ -103,7 +96,8 @@ class _OfAnswers(Objective):
 
 def _answers(rows: list[TokenRow], indices: Sequence[int], reference: Tensor | None, how: Collating) -> dict[str, Any]:
     """The fields of an `AnswerBatch` of some rows."""
-    batch = batch_of(rows, indices, packing=how.packing, pad_id=how.pad_id)
+    kinds = {"packing": how.packing, "pad_id": how.pad_id, "sharing": how.sharing}
+    batch = batch_of(rows, indices, **kinds, most=how.token_budget)
     tokens = torch.tensor([int(row.supervised[1:].sum()) for row in rows])
     return vars(batch) | {"tokens": tokens, "reference": reference}
 
@@ -132,7 +126,6 @@ class Preference(_OfAnswers):
 
     def __init__(self, function: PreferenceLoss, ld_alpha: float | None = None) -> None:
         super().__init__()
-        self.sharing: Any = None  # the model, where it can compute a prompt once for both answers
         self.function, self.ld_alpha = function, 1.0 if ld_alpha is None else ld_alpha
         self.needs_reference = function.needs_reference
 
@@ -140,56 +133,16 @@ class Preference(_OfAnswers):
     def of(cls, recipe: Recipe) -> Preference:
         return cls(loss_of(recipe.preference), recipe.preference.ld_alpha)
 
-    def begin(self, model: Any, as_base: bool) -> None:
-        super().begin(model, as_base)
-        with evaluating(model):
-            self.sharing = model if keeps_branches_apart(model) else None
-
     def collate(self, rows: PairRows, update: Sequence[int], how: Collating) -> list[PairBatch]:
-        if how.packing and self.sharing is not None and attention.in_use(self.sharing):
-            return [
-                self._branched(rows, group) for group in cut(rows, update, token_budget=how.token_budget, packing=True)
-            ]
         batches = []
         for group, both in pair_groups(rows, update, how.token_budget, packing=how.packing):
             fields = _answers([rows.rows[index] for index in both], group, _known(rows.reference, both), how)
             batches.append(PairBatch(**fields))
         return batches
 
-    def _branched(self, rows: PairRows, group: list[int]) -> PairBatch:
-        """Pairs behind each other, the prompt of each once."""
-        pairs = [rows[index] for index in group]
-        sides = [(pair.chosen, pair.rejected) for pair in pairs]
-        parts = [part for pair in pairs for part in ((pair.chosen, 0), (pair.rejected, pair.shared))]
-        ids = np.concatenate([row.input_ids[start:] for row, start in parts]).astype(np.int64)
-        supervised = np.concatenate([row.supervised[start:] for row, start in parts])
-        positions = np.concatenate([np.arange(start, len(row.input_ids)) for row, start in parts])
-        both = [2 * index + side for index in group for side in (0, 1)]
-        tokens = [int(row.supervised[1:].sum()) for pair in sides for row in pair]
-        labels = np.where(supervised & (positions > 0), ids, IGNORED)
-        return PairBatch(
-            input_ids=torch.from_numpy(ids)[None],
-            labels=torch.from_numpy(labels)[None],
-            attention_mask=None,
-            position_ids=torch.from_numpy(positions)[None],
-            rows=group,
-            supervised=sum(tokens),
-            tokens=torch.tensor(tokens),
-            reference=_known(rows.reference, both),
-            branches=branches_of(
-                [(pair.shared, [len(row.input_ids) - pair.shared for row in two]) for pair, two in zip(pairs, sides)]
-            ),
-        )
-
     def log_probs(self, model: Any, batch: AnswerBatch) -> Tensor:
         other = batch.tokens.view(-1, 2).flip(1).flatten()
-        at, branches = learned(batch), getattr(batch, "branches", None)
-        if branches is not None:
-            at = branched(at, branches.before)
-            assert attention.in_use(model)
-        with branching(branches):
-            logps = -losses_at(model, batch, at)
-        return sum_tokens(logps, batch.tokens, other, ld_alpha=self.ld_alpha)
+        return sum_tokens(-losses_at(model, batch), batch.tokens, other, ld_alpha=self.ld_alpha)
 
     def prepare(
         self, model: Any, batches: Sequence[PairBatch], total: Total = lambda tensor: tensor
@@ -286,18 +239,20 @@ def settle_reference(setup: Setup, say: Say) -> None:
         asking: Any = type(objective).of(setup.recipe)
         with fused(other, lambda line: None):
             asking.begin(other, as_base=True)
-            _precompute(setup, other, asking, say)
+            apart = setup.how.packing and keeps_rows_apart(other)
+            sharing = apart and setup.how.sharing and shares_beginnings(other)
+            _precompute(setup, other, asking, replace(setup.how, packing=apart, sharing=sharing), say)
         say(f"reference: {section.ref_model}")
         return
     if setup.trains_base or section.precompute_ref_log_probs:
-        _precompute(setup, model, objective, say)
+        _precompute(setup, model, objective, setup.how, say)
     told = prove_start(model, objective, setup.data.train, setup.how, setup.autocast)
     say(f"reference: {objective.reference.told(model)}; {told}")
 
 
-def _precompute(setup: Setup, model: Any, objective: _OfAnswers, say: Say) -> None:
+def _precompute(setup: Setup, model: Any, objective: _OfAnswers, how: Collating, say: Say) -> None:
     answers = {
-        name: precompute(model, objective, rows, setup.how, setup.autocast, say)
+        name: precompute(model, objective, rows, how, setup.autocast, say)
         for name, rows in (("train", setup.data.train), ("eval", setup.data.eval))
         if rows is not None
     }

@@ -141,7 +141,8 @@ def precompute(
     """
     kinds = ["reference", "mismatched_reference"] if hasattr(rows, "mismatched") else ["reference"]
     depends = [fingerprint(model), _hash(objective.reference), rows.fingerprint, getattr(objective, "ld_alpha", 1)]
-    depends += [str(model.dtype), str(autocast), how.packing, kernels.chosen(), torch.__version__, str(model.device)]
+    depends += [str(model.dtype), str(autocast), how.packing, how.sharing]
+    depends += [kernels.chosen(), torch.__version__, str(model.device)]
     key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]
     path = cache_folder() / "reference" / f"{key}.safetensors"
     if path.exists():

@@ -20,7 +20,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -132,21 +132,25 @@ def train(
     before_training = proof.snapshot(setup.learners)
     general = setup.general
     could = _general_losses(setup, general) if general else None
-    with nullcontext() if recipe.train.fsdp else fused(setup.model, say):
+    with ExitStack() as kernels:
+        if not recipe.train.fsdp:
+            kernels.enter_context(fused(setup.model, say))
         start.spent("kernels tried")
         loop = _fit(setup, folder, accelerator, found, lineage, say, start)
 
-    # Rounding changes what was evaluated last, training is over otherwise.
-    known = None if setup.autocast else loop.measured
-    _narrow(setup)
-    saved = folder / ("model" if setup.trains_base else "adapter")
-    if accelerator.is_main_process:
-        _save(setup, saved)
-    accelerator.wait_for_everyone()
-    after = proof.measure(setup, accelerator, known)
-    if before is None:
-        with setup.objective.at_start(setup.model):
-            before = proof.measure(setup, accelerator)
+        if setup.trains_base:
+            kernels.close()  # the weights stand by themselves again, to be rounded and saved
+        # Rounding changes what was evaluated last, training is over otherwise.
+        known = None if setup.autocast else loop.measured
+        _narrow(setup)
+        saved = folder / ("model" if setup.trains_base else "adapter")
+        if accelerator.is_main_process:
+            _save(setup, saved)
+        accelerator.wait_for_everyone()
+        after = proof.measure(setup, accelerator, known)
+        if before is None:
+            with setup.objective.at_start(setup.model):
+                before = proof.measure(setup, accelerator)
     checks = [proof.check_loss(setup, before, after), proof.check_moved(setup, before_training, loop.total)]
     if not setup.trains_base:
         checks.append(proof.check_base(base, fingerprint(setup.model)))

@@ -39,7 +39,7 @@ from smidgen.models.peft_model import PeftModel, get_peft_model, method_of
 from smidgen.models.quantize import parameter_count
 from smidgen.models.resolve import resolve_model
 from smidgen.models.rewards import HEADS
-from smidgen.models.scores import keeps_rows_apart
+from smidgen.models.scores import keeps_rows_apart, shares_beginnings
 from smidgen.models.tasks import classes_of, new_heads
 from smidgen.models.tokens import (
     extend_vocabulary,
@@ -66,9 +66,12 @@ from smidgen.training.plan import (
     remedy,
 )
 from smidgen.training.processes import check_shardable, place
+from smidgen.training.reference import evaluating
 from smidgen.training.start import Start
 
 Say = Callable[[str], None]
+
+_SAMPLED = 16  # updates, to see how much of their rows begins alike
 
 
 @dataclass
@@ -332,6 +335,24 @@ def plan(setup: Setup, say: Say) -> Forecast:
     needed = found.free if not found.fits else found.missing - 1
     advice = remedy(setup.model, taken, rows, setup.how, train, updates, needed)
     found = replace(found, remedy=advice)
+    with evaluating(setup.model):
+        # Not before the probe, whose rows are copies of one and would share nearly all.
+        setup.how = replace(setup.how, sharing=setup.how.packing and shares_beginnings(setup.model))
+    if share := _shared(setup):
+        say(f"shared: {share:.0%} of the tokens are beginnings that rows have in common, and are computed once")
+        found = replace(found, tokens=found.tokens and found.tokens * (1 - share))
     for line in found.lines():
         say(line)
     return found
+
+
+def _shared(setup: Setup) -> float:
+    """The share of the first updates' tokens that is not computed, since other rows begin alike."""
+    if not setup.how.sharing:
+        return 0.0
+    rows, computed, whole = setup.data.train, 0, 0
+    updates = epoch_plan(rows.lengths, setup.recipe.train.batch_size, seed=setup.recipe.seed, epoch=0, grouped=False)
+    for update in updates[:_SAMPLED]:
+        computed += sum(batch.input_ids.numel() for batch in setup.objective.collate(rows, update, setup.how))
+        whole += int(rows.lengths[update].sum())
+    return 1 - computed / whole

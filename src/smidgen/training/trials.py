@@ -142,7 +142,7 @@ def grow(config: Any, recipe: Recipe, dtype: torch.dtype, rows: tuple[int, float
 def _lived(config: Any, recipe: Recipe, dtype: torch.dtype, rows: TokenRows, real: bool) -> Lived:
     objective = Objective()  # others pass the same tokens through the same layers
     batch = objective.collate(rows, range(len(rows)), Collating(len(rows.ids), False, 0))[0]
-    at = learned(batch)
+    at = learned(batch)  # which is not known of tensors without values
     with nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True):
         model = model_of(config, dtype)
         autocast = _make_trainable(model, recipe, layer_count(config))

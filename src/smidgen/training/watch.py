@@ -148,9 +148,8 @@ class Watch:
         logits, targets = [], []
         with torch.no_grad(), evaluating(self.model):
             for batch in self.batches:
-                at = learned(batch)
-                logits.append(logits_at(self.model, batch, at).float())
-                targets.append(at.targets)
+                logits.append(logits_at(self.model, batch).float())
+                targets.append(learned(batch).targets)
         return torch.cat(logits)[:TOKENS].log_softmax(1), torch.cat(targets)[:TOKENS]
 
 
