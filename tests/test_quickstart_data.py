@@ -39,7 +39,7 @@ def skeleton(request: str, call: dict) -> str:
 
 def test_the_generator_writes_the_committed_files(tmp_path: Path):
     subprocess.run([sys.executable, str(FOLDER / "generate.py"), str(tmp_path)], check=True)
-    for name in ("train.jsonl", "eval.jsonl"):
+    for name in ("train.jsonl", "eval.jsonl", "pairs.jsonl"):
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes(), f"{name} differs"
 
 
@@ -86,3 +86,15 @@ def test_the_recipe_is_valid_and_names_these_files():
     assert notes == []
     named = [Path(source.path) for source in [*recipe.data.train, *(recipe.data.eval or [])]]
     assert [FOLDER.parent.parent / path for path in named] == [FOLDER / "train.jsonl", FOLDER / "eval.jsonl"]
+
+
+def test_pairs_are_two_calls_of_one_tool_and_nothing_held_out():
+    rows = [json.loads(line) for line in (FOLDER / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    held_out = {value for _, call in read("eval") for value in values(call)} - {
+        value for _, call in read("train") for value in values(call)
+    }
+    for row in rows:
+        chosen, rejected = json.loads(row["chosen"]), json.loads(row["rejected"])
+        assert chosen != rejected and chosen["tool"] == rejected["tool"]
+        assert not held_out & {*values(chosen), *values(rejected)}
+        assert all(value in row["prompt"].lower() for value in values(chosen)), row

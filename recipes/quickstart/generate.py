@@ -1,7 +1,8 @@
-"""Writes train.jsonl and eval.jsonl of the quick start: a request in plain English -> one JSON call of a tool.
+"""Writes the rows of the quick start: a request in plain English -> one JSON call of a tool.
 
-Every phrasing and every value stands in `phrasings.yaml`, in one list for training and another for the held-out rows,
-so nothing that is tested was trained on. The same seed writes the same files, byte for byte:
+train.jsonl and eval.jsonl hold requests with their calls, pairs.jsonl requests with the call that is meant and another
+call of the same tool. Every phrasing and every value stands in `phrasings.yaml`, in one list for training and another
+for the held-out rows, so nothing that is tested was trained on. The same seed writes the same files, byte for byte:
 
     python recipes/quickstart/generate.py
 """
@@ -18,6 +19,7 @@ import yaml
 
 HERE = Path(__file__).parent
 ROWS = {"train": 1200, "eval": 100}
+PAIRS = 160
 SEED = 7
 WRAPPED = 0.35  # share of requests that get a polite beginning or end
 
@@ -53,11 +55,26 @@ def make_rows(split: str, source: dict, rng: random.Random) -> list[dict]:
     return ordered
 
 
+def make_pairs(source: dict, rng: random.Random) -> list[dict]:
+    """Answer `PAIRS` requests of training, each with the call that it stands for and a wrong one of the same tool."""
+    tools, rows = list(source["tools"].items()), []
+    while len(rows) < PAIRS:
+        tool, spec = tools[len(rows) % len(tools)]
+        (request, call), (_, other) = (
+            request_and_call(tool, spec, "train", source["words"], rng) for _ in ("right", "wrong")
+        )
+        if other != call:
+            chosen, rejected = (json.dumps(each, ensure_ascii=False) for each in (call, other))
+            rows.append({"prompt": request, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
 def main(folder: Path) -> None:
     source = yaml.safe_load((HERE / "phrasings.yaml").read_text(encoding="utf-8"))
-    for split in ROWS:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in make_rows(split, source, random.Random(SEED))]
-        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+    files = {split: make_rows(split, source, random.Random(SEED)) for split in ROWS}
+    for name, rows in (files | {"pairs": make_pairs(source, random.Random(SEED))}).items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

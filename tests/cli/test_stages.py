@@ -33,17 +33,28 @@ def write_flow(folder: Path, **changes: Any) -> Path:
     recipe = folder / "recipe.yaml"
     if not recipe.exists():
         write_recipe(folder, max_steps=4, save_steps=1, save_total_limit=2)
+        pairs = [
+            {"prompt": f"what is the colour of the {thing}", "chosen": colour, "rejected": "one two"}
+            for thing, colour in (("sky", "blue"), ("sea", "green"), ("sun", "red"))
+        ]
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs * 6), encoding="utf-8")
     found: dict[str, Any] = {
         "sft": {"train": str(recipe)},
-        "second": {"train": str(recipe), "from": "sft", "set": {"train.learning_rate": 0.01, "seed": 7}},
-        "score": {"evaluate": "second", "data": str(folder / "rows.jsonl"), "limit": 4},
-        "good": {"gate": "second", "require": [GATE, "verdict"]},
-        "merged": {"merge": "second", "dtype": "float32"},
+        "dpo": {"train": str(recipe), "from": "sft", "set": preferring(folder)},
+        "score": {"evaluate": "dpo", "data": str(folder / "rows.jsonl"), "limit": 4},
+        "good": {"gate": "dpo", "require": [GATE, "verdict"]},
+        "merged": {"merge": "dpo", "dtype": "float32"},
     }
     path = folder / "flow.yaml"
     text = yaml.safe_dump({"output": str(folder / "out"), "stages": found | changes}, sort_keys=False)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def preferring(folder: Path, rate: float = 0.01) -> dict[str, Any]:
+    """What makes a preference run of the recipe."""
+    data = {"data.train": str(folder / "pairs.jsonl"), "data.eval": str(folder / "pairs.jsonl"), "data.eval_size": None}
+    return {"objective": "dpo", **data, "train.learning_rate": rate, "seed": 7}
 
 
 def carry_out(path: Path) -> list[str]:
@@ -63,40 +74,39 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_stages_run_in_order_and_again_only_where_something_changed(quick: Path, capsys):
     path = write_flow(quick)
     told = carry_out(path)
-    loss = json.loads((quick / "out" / "second" / "proof.json").read_text())["checks"][0]["numbers"]["on"]
+    loss = json.loads((quick / "out" / "dpo" / "proof.json").read_text())["checks"][0]["numbers"]["on"]
     assert told == [
         "stage sft: train",
-        "stage second: train sft",
-        "stage score: evaluate second",
-        f"gate good: eval.loss of second must be <= 10, and is {loss:.6g}",
-        "gate good: verdict of second must be true, and is true",
-        "stage merged: merge second",
+        "stage dpo: train sft",
+        "stage score: evaluate dpo",
+        f"gate good: eval.loss of dpo must be <= 10, and is {loss:.6g}",
+        "gate good: verdict of dpo must be true, and is true",
+        "stage merged: merge dpo",
     ]
     root = read_lineage(quick / "out" / "merged")
-    (second,) = root.parents
-    (sft,) = second.parents
-    assert (second.folder.name, sft.folder.name) == ("second", "sft")
-    assert second.changed == ["train.learning_rate: 0.02 -> 0.01", "seed: 42 -> 7"]
+    (dpo,) = root.parents
+    (sft,) = dpo.parents
+    assert (dpo.folder.name, sft.folder.name) == ("dpo", "sft")
+    assert {'objective: "sft" -> "dpo"', "train.learning_rate: 0.02 -> 0.01", "seed: 42 -> 7"} <= {*dpo.changed}
     assert all(check.passed for check in root.all_checks())
 
     # Nothing changed; then what changes no result, a gate, and the recipe of the second run.
     done = [line.partition(":")[0] + ": done before" for line in told if line.startswith("stage")]
     assert [line for line in carry_out(path) if "gate" not in line] == done
     weights = (quick / "out" / "sft" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
-    changed = {"train.learning_rate": 0.005, "seed": 7}
-    second_stage = {"train": str(quick / "recipe.yaml"), "from": "sft", "set": changed}
-    path = write_flow(quick, second=second_stage, good={"gate": "second", "require": "eval.loss < 0"})
-    with pytest.raises(GateFailed, match=r"^gate good: eval.loss of second must be < 0, and is \d") as failed:
+    other = {"train": str(quick / "recipe.yaml"), "from": "sft", "set": preferring(quick, rate=0.005)}
+    path = write_flow(quick, dpo=other, good={"gate": "dpo", "require": "eval.loss < 0"})
+    with pytest.raises(GateFailed, match=r"^gate good: eval.loss of dpo must be < 0, and is \d") as failed:
         carry_out(path)
     assert failed.value.exit_code == 4
     assert (quick / "out" / "sft" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == weights
     names = [mark["name"] for mark in json.loads((quick / "out" / "stages.json").read_text())["done"]]
-    assert names == ["sft", "second", "score"]
-    path = write_flow(quick, second=second_stage)
+    assert names == ["sft", "dpo", "score"]
+    path = write_flow(quick, dpo=other)
     assert carry_out(path)[:3] == done[:3]  # and the merged model of before is replaced
     path = write_flow(quick)
     assert carry_out(path)[1] == (
-        "stage second: changed: train.learning_rate 0.005 -> 0.01; it runs again, and those after it"
+        "stage dpo: changed: train.learning_rate 0.005 -> 0.01; it runs again, and those after it"
     )
 
     # What a stage wrote, and what it read.
@@ -118,7 +128,7 @@ def test_a_failed_proof_stops_the_flow(quick: Path, monkeypatch: pytest.MonkeyPa
             main()
         assert left.value.code == 4
         assert "error: stage sft: its proof failed" in capsys.readouterr().err
-    assert not (quick / "out" / "second").exists()
+    assert not (quick / "out" / "dpo").exists()
 
 
 def test_a_folder_in_use_is_left_alone(quick: Path):
@@ -135,7 +145,7 @@ def test_the_command_checks_without_running(quick: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", ["smidgen", "flow", str(write_flow(quick)), "--check"])
     with pytest.raises(SystemExit) as left:
         main()
-    assert not left.value.code and capsys.readouterr().out.splitlines()[1] == "second: train sft"
+    assert not left.value.code and capsys.readouterr().out.splitlines()[1] == "dpo: train sft"
     assert not (quick / "out").exists()
 
 
@@ -166,8 +176,8 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "sft, before its first checkpoint": kill_before(Loop, "_update", in_run("sft", 1)),
     "sft, training": kill_before(Loop, "_update", in_run("sft", 3)),
     "sft, proof": kill_before(proof_module, "write_record", lambda setup, *_: setup.recipe.output.endswith("sft")),
-    "second, training": kill_before(Loop, "_update", in_run("second", 4)),
-    "second, before its mark": kill_before(stages.Marks, "write", lambda marks, _: len(marks.done) == 2),
+    "dpo, training": kill_before(Loop, "_update", in_run("dpo", 4)),
+    "dpo, before its mark": kill_before(stages.Marks, "write", lambda marks, _: len(marks.done) == 2),
     "score": kill_before(stages, "paired_gain", lambda *_: True),
     "good": kill_before(stages, "_judge", lambda *_: True),
     "merged, before it appears": kill_before(save.os, "replace", lambda _, new: Path(new).name == "merged"),
@@ -200,7 +210,7 @@ def test_a_flow_killed_in_each_stage_ends_with_the_same_model(quick: Path):
     seen = (quick / "killed" / "out" / "sft" / "log.jsonl").stat().st_mtime_ns
     assert in_process(killed, lambda: None) == 0
     assert (quick / "killed" / "out" / "sft" / "log.jsonl").stat().st_mtime_ns == seen
-    for file in ("sft/adapter/adapter_model", "second/adapter/adapter_model", "merged/model"):
+    for file in ("sft/adapter/adapter_model", "dpo/adapter/adapter_model", "merged/model"):
         one, other = (load_file(quick / name / "out" / f"{file}.safetensors") for name in ("straight", "killed"))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), file
     assert all(check.passed for check in read_lineage(quick / "killed" / "out" / "merged").all_checks())
