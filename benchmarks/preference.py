@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from transformers import AutoConfig
 
 from smidgen.data.audit import lengths_of, near_groups, prompt_text
 from smidgen.data.preference import Pair, read_preferences
@@ -30,8 +31,10 @@ from smidgen.data.preference_data import prepare_preferences
 from smidgen.data.read import read_rows
 from smidgen.errors import TrainingStopped
 from smidgen.losses.preference import PreferenceLoss
+from smidgen.models.fuse import fused
 from smidgen.models.load import stop_token_ids
 from smidgen.models.open import find, open_model
+from smidgen.models.scores import shares_beginnings
 from smidgen.recipe import DataRecipe, Source, load_recipe
 from smidgen.training.objectives import Collating, Objective
 from smidgen.training.preference import Preference
@@ -40,8 +43,8 @@ from smidgen.training.reward import Reward
 from smidgen.training.run import train
 
 METHODS = ("dpo", "ipo", "orpo", "kto", "simpo", "reward")
-RATES = {"reward": 1e-4}  # and of all others:
-RATE = 5e-5
+RATE = 2e-4
+SETTINGS = {"simpo": {"beta": 2.0, "simpo_gamma": 1.0}}  # within what its paper advises; the others are as they come
 MAX_LENGTH = 256
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by folds
 
@@ -53,8 +56,8 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--folds", type=int, default=5, choices=sorted(STUDENT))
     parser.add_argument("--limit", type=int, help="only the first pairs")
-    parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--epochs", type=float, default=0.75)
+    parser.add_argument("--learning-rate", type=float, default=RATE)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path, default=Path("runs/preference-folds"))
     options = parser.parse_args()
@@ -104,19 +107,23 @@ def one_fold(method: str, number: int, pairs: list[Pair], folds: list[list[int]]
     write(folder / "eval.jsonl", [row for index in folds[number] for row in rows_of(pairs[index], "dpo")])
     recipe = {
         "model": options.model,
-        "adapter": {"method": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+        "adapter": {"method": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+        | _upper(options.model),
         "data": {"train": str(folder / "train.jsonl"), "max_length": MAX_LENGTH},
         "objective": method,
         "train": {
             "epochs": options.epochs,
-            "learning_rate": options.learning_rate or RATES.get(method, RATE),
+            "learning_rate": options.learning_rate,
             "batch_size": 16,
+            "micro_batch_tokens": 2048,
             "dtype": options.dtype,
         },
         "output": str(folder / "run"),
     }
     if method != "reward":
         recipe["watch"] = {"refusals": False}
+    if method in SETTINGS:
+        recipe["preference"] = SETTINGS[method]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     begun = time.perf_counter()
     with (folder / "told.txt").open("w", encoding="utf-8") as told:
@@ -128,6 +135,12 @@ def one_fold(method: str, number: int, pairs: list[Pair], folds: list[list[int]]
             return {"stopped": str(error)}
     seconds = time.perf_counter() - begun
     return {"seconds": round(seconds, 1), "proof": proof.passed, **asked(method, folder)}
+
+
+def _upper(model: str) -> dict[str, list[int]]:
+    """The upper two thirds of the layers, below which the backward pass ends."""
+    layers = AutoConfig.from_pretrained(model).num_hidden_layers
+    return {"layers_to_transform": [*range(layers // 3, layers)]}
 
 
 def rows_of(pair: Pair, method: str) -> list[dict[str, Any]]:
@@ -150,11 +163,13 @@ def asked(method: str, folder: Path) -> dict[str, Any]:
     rows = prepare_preferences(data, tokenizer, stop_ids=stop_token_ids(model, tokenizer)).train
     loss = {"dpo": "sigmoid", "kto": "sigmoid"}.get(method, method)
     objective: Objective = Reward() if method == "reward" else Preference(PreferenceLoss({loss: 1.0}))
-    how = Collating(4096, False, tokenizer.pad_token_id)
     found: dict[str, Any] = {"pairs": len(rows)}
-    with objective.at_start(model):
-        found["before"], found["likelier_before"] = shares(model, objective, rows, how)
-    found["after"], found["likelier_after"] = shares(model, objective, rows, how)
+    with fused(model, lambda line: None):
+        shared = method != "reward" and shares_beginnings(model)
+        how = Collating(4096, shared, tokenizer.pad_token_id, shared)
+        with objective.at_start(model):
+            found["before"], found["likelier_before"] = shares(model, objective, rows, how)
+        found["after"], found["likelier_after"] = shares(model, objective, rows, how)
     return found
 
 
